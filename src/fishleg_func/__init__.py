@@ -1,0 +1,30 @@
+"""FishLeg as a model transform: natural-gradient training with a learned inverse Fisher."""
+
+from . import bases, kronecker, likelihoods, qmodules, reference
+from ._types import Accuracy, Hyper, LowRank
+from .diagnostics import Report
+from .entry import fishlegify
+from .fisher import fisher_vector_product
+from .layers import LayerSpec, register_layer
+from .qmodules import QModule
+from .step import FishLegStep
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Accuracy",
+    "FishLegStep",
+    "Hyper",
+    "LayerSpec",
+    "LowRank",
+    "QModule",
+    "Report",
+    "bases",
+    "fisher_vector_product",
+    "fishlegify",
+    "kronecker",
+    "likelihoods",
+    "qmodules",
+    "reference",
+    "register_layer",
+]

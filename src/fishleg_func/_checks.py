@@ -1,0 +1,125 @@
+"""Validation of what users pass; each error states value, requirement and remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def positive(name: str, value: float | Tensor, remedy: str = "use a positive number such as 1.0") -> None:
+    """Raise ValueError unless every entry of ``value`` is finite and > 0."""
+    tensor = torch.as_tensor(value)
+    if not bool(((tensor > 0) & tensor.isfinite()).all()):
+        raise ValueError(f"{name}={value} must be > 0 and finite; {remedy}")
+
+
+def number(name: str, value: float, low: float, high: float, remedy: str, *, low_open: bool = False) -> None:
+    """Raise ValueError unless ``value`` is in [low, high), or (low, high) with ``low_open``."""
+    if not (low < value < high or (value == low and not low_open)):
+        bound = f"{'>' if low_open else '>='} {low:g}" + (f" and < {high:g}" if high != math.inf else " and finite")
+        raise ValueError(f"{name}={value} must be {bound}; {remedy}")
+
+
+def choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(repr(a) for a in allowed)}")
+
+
+def in_range(name: str, values: Tensor, low: float, high: float, remedy: str) -> None:
+    """Raise ValueError unless all ``values`` are in [low, high]; NaN is left to the check of the loss."""
+    if values.numel() and bool(((values < low) | (values > high)).any()):
+        seen = f"[{values.min().item():g}, {values.max().item():g}]"
+        raise ValueError(f"{name} in {seen} must be in [{low:g}, {high:g}]; {remedy}")
+
+
+def elementwise_targets(likelihood: str, outputs: Tensor, targets: Tensor) -> None:
+    """Raise ValueError unless targets have the shape of the outputs."""
+    if outputs.ndim == 0 or targets.shape != outputs.shape:
+        raise ValueError(
+            f"targets of shape {tuple(targets.shape)} must have the shape {tuple(outputs.shape)} of the outputs, with "
+            f"a first dimension of examples, for {likelihood}; reshape them, or use Categorical() for class labels"
+        )
+
+
+def class_labels(outputs: Tensor, targets: Tensor) -> None:
+    """Raise unless targets are integers, one for each position of the outputs but the last dimension."""
+    if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
+        raise TypeError(
+            f"targets of dtype {targets.dtype} must be integer class labels for Categorical; use targets.long(), or "
+            "targets.argmax(-1) for one-hot labels"
+        )
+    if outputs.ndim < 2 or targets.shape != outputs.shape[:-1]:
+        raise ValueError(
+            f"targets of shape {tuple(targets.shape)} must have shape {tuple(outputs.shape[:-1])}, that of the outputs "
+            f"{tuple(outputs.shape)} without the last dimension (classes), for Categorical; move the class dimension "
+            "last, for instance with outputs.movedim(1, -1) in `output=`"
+        )
+
+
+def tensor_output(outputs: Any) -> None:
+    """Raise TypeError unless the model's output is one floating tensor."""
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"the model returned {type(outputs).__name__}, and must return one tensor of natural parameters; pass "
+            "output=, a function from what the model returns to that tensor, such as output=lambda o: o.logits"
+        )
+    if not outputs.dtype.is_floating_point:
+        raise TypeError(f"the model returned dtype {outputs.dtype}, and must return a floating dtype")
+
+
+def same_device(where: torch.device, tensors: Iterable[tuple[str, Any]]) -> None:
+    """Raise ValueError unless all tensors are on ``where``; 0-d CPU tensors may be anywhere."""
+    wrong = [f"{name} on {t.device}" for name, t in tensors if isinstance(t, Tensor) and t.device != where]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} must be on {where}, where the model is; move with .to({str(where)!r})")
+
+
+def finite_step(loss: Tensor, gradients: Tensor) -> None:
+    """Raise FloatingPointError unless the loss and the summed gradients are finite."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"loss={value} must be finite; nothing was changed. Look for NaN or Inf in inputs and targets, or lower lr"
+        )
+    if not math.isfinite(gradients.item()):
+        raise FloatingPointError(
+            f"a gradient is NaN or Inf at loss={value:g} and must be finite; nothing was changed. Look for overflow in "
+            "the backward pass (sqrt or log at 0, division by 0), or lower lr"
+        )
+
+
+def tangent(v: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the entries of ``v`` name parameters and have their shapes."""
+    unknown = sorted(set(v) - set(params))
+    wrong = [
+        f"{k}: {tuple(v[k].shape)} instead of {tuple(params[k].shape)}"
+        for k in v
+        if k in params and v[k].shape != params[k].shape
+    ]
+    if unknown or wrong or not v:
+        raise ValueError(
+            f"v has unknown names {unknown}, wrong shapes {wrong}, {len(v)} entries; it must be a non-empty dict of "
+            f"tensors shaped like the parameters: {sorted(params)[:8]}{'...' if len(params) > 8 else ''}"
+        )
+
+
+def matches(pattern: str, names: Collection[str]) -> bool:
+    """Tell whether a glob pattern matches one of ``names``, case-sensitively."""
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def all_patterns_match(argument: str, patterns: Iterable[str], names: Collection[str]) -> None:
+    """Raise ValueError, naming all offenders, unless every pattern matches a name."""
+    unmatched = [p for p in patterns if not matches(p, names)]
+    if unmatched:
+        raise ValueError(
+            f"{argument}: the patterns {unmatched} match no parameter or module and must match at least one; names "
+            f"here: {sorted(names)[:12]}{'...' if len(names) > 12 else ''}"
+        )

@@ -1,0 +1,107 @@
+"""Aliases and small immutable records shared by every other file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+"""Parameters, gradients or directions by qualified name."""
+
+Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
+"""What a model is called with: one tensor, positional arguments, or keyword arguments."""
+
+
+class LowRank(NamedTuple):
+    r"""A packed matrix kept as its factors, :math:`U = d^\top a`.
+
+    Attributes:
+        d: Left factor, shape ``[..., rows, m]``.
+        a: Right factor, shape ``[..., rows, n]``.
+    """
+
+    d: Tensor
+    a: Tensor
+
+    def dense(self) -> Tensor:
+        """Multiply the factors out to shape ``[..., m, n]``."""
+        return self.d.mT @ self.a
+
+
+Packed = Tensor | LowRank
+"""A layer's parameters, or a direction in them, as one matrix: dense ``[..., m, n]`` or factored."""
+
+
+class Slot(NamedTuple):
+    """What one call of a layer returns in the discovery pass: enough to allocate its probe."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Linearization(NamedTuple):
+    r"""A model linearized at its parameters, :math:`f(\theta + v) \approx f(\theta) + Jv`.
+
+    Attributes:
+        outputs: Natural parameters of the likelihood, shape ``[N, ...]``.
+        pullback: :math:`c \mapsto J^\top c`, from the shape of ``outputs`` to parameter space.
+        pushforward: :math:`v \mapsto Jv`, from parameter space to the shape of ``outputs``.
+        buffers: The model's buffers after this forward pass; the model's own are untouched.
+    """
+
+    outputs: Tensor
+    pullback: Callable[[Tensor], Any]
+    pushforward: Callable[[Any], Tensor]
+    buffers: Params
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is fixed for the life of a step, so that compiled code may depend on it; see ``fishlegify``."""
+
+    momentum: str
+    update_aux_every: int
+    aux_rule: str
+    precondition_aux: bool
+    aux_batch_size: int | None
+    fisher: str
+    u: str
+    step_norm: str | None
+
+
+@dataclass
+class Hyper:
+    """Hyperparameters as 0-d tensors: ``hyper.lr.fill_(1e-3)`` takes effect at the next step and never recompiles.
+
+    Attributes:
+        lr: Learning rate η.
+        damping: γ, in the units of the Fisher.
+        aux_lr: Rate of the auxiliary update of λ.
+        weight_decay: Decoupled: parameters shrink by ``lr * weight_decay`` at every step.
+        beta: Decay of the momentum.
+        kl_clip: Bound on the predicted KL divergence of a step, used with ``step_norm="kl"``.
+    """
+
+    lr: Tensor
+    damping: Tensor
+    aux_lr: Tensor
+    weight_decay: Tensor
+    beta: Tensor
+    kl_clip: Tensor
+
+
+class Accuracy(NamedTuple):
+    r"""Relative residual :math:`\|(F + \gamma I)Qu - u\| / \|u\|` of Q on fresh probes.
+
+    Attributes:
+        overall: Over all parameters together.
+        layers: Per block, by name.
+    """
+
+    overall: float
+    layers: dict[str, float]

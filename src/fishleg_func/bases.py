@@ -1,0 +1,353 @@
+"""Q families in a basis taken from running statistics of the Fisher."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ._sides import Side
+from ._trees import dense
+from ._types import LowRank, Packed
+from .kronecker import Kronecker
+from .qmodules import QModule, Roots, exp_root
+
+__all__ = ["KFAC", "Diagonal", "Eigen", "Embedding"]
+
+
+def kronecker_statistics(z: Packed, left: Side, right: Side) -> dict[str, Tensor]:
+    r"""Return ``cov_L`` and ``cov_R`` with :math:`F \approx cov_R \otimes cov_L`, from one random gradient z.
+
+    With rows (z = dᵀa) these are K-FAC's :math:`E[aa^\top]` over rows and :math:`\sum_\text{rows} dd^\top`. A dense z
+    gives
+    :math:`Z^\top Z / t` and :math:`ZZ^\top / t`, :math:`t = \|Z\|_F`: exact in expectation, up to the scale t, where F
+    is a
+    Kronecker product.
+
+    Args:
+        z: A draw with :math:`E[zz^\top] = F`.
+        left: The n-sided factor.
+        right: The m-sided factor.
+    """
+    if isinstance(z, LowRank):
+        return {"cov_L": left.gram(z.a, z.a) / z.a.shape[-2], "cov_R": right.gram(z.d, z.d)}
+    norm = torch.linalg.matrix_norm(z, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
+    cov_l, cov_r = left.gram(z, z), right.gram(z.mT, z.mT)
+    return {"cov_L": cov_l / _like_blocks(norm, cov_l), "cov_R": cov_r / _like_blocks(norm, cov_r)}
+
+
+def _like_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    """Give ``x`` ``[*groups, 1, 1]`` the block axis of ``blocks``."""
+    return x.unsqueeze(-3) if blocks.ndim > x.ndim else x
+
+
+def _trace(cov: Tensor, groups: int) -> Tensor:
+    """Return the trace over blocks, one for each group: ``[*groups]``."""
+    diagonal = cov.diagonal(dim1=-2, dim2=-1)
+    return diagonal.flatten(groups).sum(-1)
+
+
+def factored_damping(
+    cov_l: Tensor, cov_r: Tensor, m: int, n: int, groups: int, damping: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""Split γ between the sides: :math:`\rho_L = \pi\sqrt\gamma`, :math:`\rho_R = \sqrt\gamma/\pi`.
+
+    π is the root of the ratio of the mean traces. Each is kept above what float arithmetic needs for a Cholesky
+    factorization of its side.
+
+    Args:
+        cov_l: Statistics of the n side.
+        cov_r: Statistics of the m side.
+        m: Length of the m side.
+        n: Length of the n side.
+        groups: Number of leading group axes.
+        damping: γ, 0-d.
+
+    Returns:
+        The two damping terms, one for each group: ``[*groups]``.
+
+    References:
+        Martens & Grosse (2015), "Optimizing neural networks with Kronecker-factored approximate curvature", section
+        6.3.
+    """
+    info = torch.finfo(cov_l.dtype)
+    trace_l, trace_r = _trace(cov_l, groups), _trace(cov_r, groups)
+    pi = ((trace_l / n).clamp(min=info.tiny**0.5) / (trace_r / m).clamp(min=info.tiny**0.5)).sqrt()
+    root = damping.sqrt()
+    return torch.maximum(root * pi, 8 * info.eps * trace_l), torch.maximum(root / pi, 8 * info.eps * trace_r)
+
+
+def whitening_root(cov: Tensor, rho: Tensor, previous: Tensor) -> Tensor:
+    r"""Return the upper triangular C with :math:`CC^\top = (cov + \rho I)^{-1}`.
+
+    Args:
+        cov: Positive semi-definite, ``[..., n, n]``.
+        rho: Damping, ``[*groups]``.
+        previous: The basis to keep where the factorization fails.
+    """
+    rho = rho.reshape(rho.shape + (1,) * (cov.ndim - rho.ndim))
+    eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+    lower, info = torch.linalg.cholesky_ex(cov + rho * eye)
+    root = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False).mT
+    good = (info == 0)[..., None, None] & root.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    return torch.where(good, root, previous)
+
+
+class Diagonal(QModule):
+    r"""Elementwise operator, for norms and whatever has no layer type: :math:`Q = \mathrm{diag}((c\,e^s)^2)`.
+
+    Parameter: ``s`` of the packed shape, starting at zero. Basis: ``c`` :math:`= (\mathrm{diag} F + \gamma)^{-1/2}`
+        from squared
+    random gradients, one before the first refresh.
+
+    Args:
+        shape: ``(m, n)`` or ``(groups, m, n)``.
+        max_dim: Not used: nothing here grows faster than the shape.
+        dtype: Of λ.
+        device: Of λ.
+
+    Example:
+        >>> import torch
+        >>> q = Diagonal((1, 2))
+        >>> q.gather_(torch.tensor([[1.0, 2.0]]))
+        >>> q.refresh_(torch.tensor(1.0))
+        >>> [round(x, 6) for x in q.diagonal().flatten().tolist()]  # 1 / (1 + 1), 1 / (4 + 1)
+        [0.5, 0.2]
+    """
+
+    s: Tensor
+    c: Tensor
+    second: Tensor
+
+    def _setup(self) -> None:
+        self._parameter("s", self._ones(*self.shape).log())
+        self.register_buffer("c", self._ones(*self.shape))
+        self._statistic("second", self.shape)
+
+    def roots(self) -> Roots:
+        return (self.c * exp_root(self.s),)
+
+    def whiten(self, roots: Roots, u: Packed) -> Packed:
+        return roots[0] * dense(u)
+
+    def color(self, roots: Roots, z: Packed) -> Packed:
+        return roots[0] * dense(z)
+
+    def relative(self, roots: Roots, u: Packed, w: Packed, uz: Packed, wz: Packed) -> dict[str, Tensor]:
+        return {"s": 2 * dense(uz) * dense(wz)}
+
+    def flops(self) -> int:
+        return 2 * math.prod(self.shape)
+
+    def diagonal(self) -> Tensor:
+        return self.roots()[0].square()
+
+    def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
+        self._average_({"second": dense(z).square()}, ok)
+
+    def refresh_(self, damping: Tensor) -> None:
+        self.c.copy_((self.second + damping).rsqrt())
+
+
+class KFAC(Kronecker):
+    r"""Kronecker product in a whitening basis, the default.
+
+    .. math:: Q u = K_R U K_L, \qquad K_L = C_L L L^\top C_L^\top, \qquad K_R = C_R R^\top R C_R^\top
+
+    Parameters: ``L``, ``R`` as in :class:`~fishleg_func.kronecker.Kronecker`. Basis: ``C_L``, ``C_R``, inverse Cholesky
+    factors of the damped statistics ``cov_L`` :math:`= E[aa^\top]` and ``cov_R`` :math:`= E[\delta\delta^\top]`;
+    the identity before the first refresh. With λ at the identity this is K-FAC; the auxiliary loss learns
+    what K-FAC gets wrong.
+
+    Args:
+        shape: ``(m, n)`` or ``(groups, m, n)``.
+        max_dim: A side longer than this becomes block-diagonal.
+        dtype: Of λ.
+        device: Of λ.
+
+    Example:
+        >>> import torch
+        >>> q = KFAC((1, 1), dtype=torch.float64)
+        >>> q.gather_(torch.tensor([[3.0]], dtype=torch.float64))
+        >>> q.refresh_(torch.tensor(1.0, dtype=torch.float64))  # cov_L = cov_R = 3, pi = 1: 1 / (3 + 1)^2
+        >>> q.diagonal().item()
+        0.0625
+    """
+
+    C_L: Tensor
+    C_R: Tensor
+    cov_L: Tensor
+    cov_R: Tensor
+
+    def _setup(self) -> None:
+        super()._setup()
+        self.register_buffer("C_L", self.L.detach().clone())
+        self.register_buffer("C_R", self.R.detach().clone())
+        self._statistic("cov_L", tuple(self.L.shape))
+        self._statistic("cov_R", tuple(self.R.shape))
+
+    def roots(self) -> Roots:
+        return self.C_L @ self.L, self.R @ self.C_R.mT
+
+    takes_rows = True
+
+    def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
+        self._average_(kronecker_statistics(z, self.left, self.right), ok)
+
+    def refresh_(self, damping: Tensor) -> None:
+        rho_l, rho_r = factored_damping(self.cov_L, self.cov_R, self.m, self.n, len(self.groups), damping)
+        self.C_L.copy_(whitening_root(self.cov_L, rho_l, self.C_L))
+        self.C_R.copy_(whitening_root(self.cov_R, rho_r, self.C_R))
+
+
+class Eigen(QModule):
+    r"""Diagonal in the Kronecker eigenbasis.
+
+    .. math:: Q = (C_R \otimes C_L)\,\mathrm{diag}((c\,e^s)^2)\,(C_R \otimes C_L)^\top
+
+    Parameter: ``s`` of the packed shape, starting at zero. Basis: orthogonal ``C_L``, ``C_R``, and ``c`` from the
+    eigenvalues, :math:`c = (\mu_R \mu_L^\top + \gamma)^{-1/2}`. A side longer than ``max_dim`` keeps its
+    own coordinates.
+
+    Args:
+        shape: ``(m, n)`` or ``(groups, m, n)``.
+        max_dim: A side longer than this is not rotated.
+        dtype: Of λ.
+        device: Of λ.
+
+    Example:
+        >>> import torch
+        >>> q = Eigen((1, 1), dtype=torch.float64)
+        >>> q.gather_(torch.tensor([[3.0]], dtype=torch.float64))
+        >>> q.refresh_(torch.tensor(1.0, dtype=torch.float64))  # 1 / (3 * 3 + 1)
+        >>> round(q.diagonal().item(), 12)
+        0.1
+    """
+
+    s: Tensor
+    c: Tensor
+    C_L: Tensor
+    C_R: Tensor
+    cov_L: Tensor
+    cov_R: Tensor
+
+    def _setup(self) -> None:
+        # a side that is not rotated is one of blocks of size one
+        self.left = Side.of(self.n, self.max_dim) if self.n <= self.max_dim else Side(self.n, self.n, 1)
+        self.right = Side.of(self.m, self.max_dim) if self.m <= self.max_dim else Side(self.m, self.m, 1)
+        self._parameter("s", self._ones(*self.shape).log())
+        self.register_buffer("c", self._ones(*self.shape))
+        self.register_buffer("C_L", self._eye(self.left))
+        self.register_buffer("C_R", self._eye(self.right))
+        self._statistic("cov_L", tuple(self.C_L.shape))
+        self._statistic("cov_R", tuple(self.C_R.shape))
+
+    def roots(self) -> Roots:
+        return self.C_L, self.C_R, self.c * exp_root(self.s)
+
+    def whiten(self, roots: Roots, u: Packed) -> Packed:
+        C_L, C_R, root = roots
+        return root * self.right.mul(self.left.mul(dense(u), C_L).mT, C_R).mT
+
+    def color(self, roots: Roots, z: Packed) -> Packed:
+        C_L, C_R, root = roots
+        return self.right.mul(self.left.mul(root * dense(z), C_L.mT).mT, C_R.mT).mT
+
+    def relative(self, roots: Roots, u: Packed, w: Packed, uz: Packed, wz: Packed) -> dict[str, Tensor]:
+        return {"s": 2 * dense(uz) * dense(wz)}
+
+    def flops(self) -> int:
+        return 4 * math.prod(self.shape) * (self.left.size + self.right.size)
+
+    def diagonal(self) -> Tensor:
+        C_L, C_R, root = self.roots()
+        rotated = self.left.mul(root.square(), C_L.square().mT)
+        return self.right.mul(rotated.mT, C_R.square().mT).mT
+
+    takes_rows = True
+
+    def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
+        self._average_(kronecker_statistics(z, self.left, self.right), ok)
+
+    def refresh_(self, damping: Tensor) -> None:
+        mu_l, vectors_l = torch.linalg.eigh(self.cov_L)
+        mu_r, vectors_r = torch.linalg.eigh(self.cov_R)
+        self.C_L.copy_(vectors_l)
+        self.C_R.copy_(vectors_r)
+        mu = self.right.diagonal(mu_r).unsqueeze(-1) * self.left.diagonal(mu_l).unsqueeze(-2)
+        self.c.copy_((mu.clamp(min=0) + damping).rsqrt())
+
+
+class Embedding(QModule):
+    r"""Diagonal over rows, dense over columns, for tables.
+
+    .. math:: Q = \mathrm{diag}((c\,e^s)^2) \otimes C_L L L^\top C_L^\top
+
+    Parameters: ``s`` ``[m]``, starting at zero, and ``L`` ``[n, n]``, starting at the identity. Basis: ``c`` ``[m]``
+    and ``C_L`` ``[n, n]`` from the running means ``second`` (of each row's squared entries) and ``cov_L``; nothing
+    grows
+    as m².
+
+    Args:
+        shape: ``(m, n)`` or ``(groups, m, n)``: m rows of a table, each of n entries.
+        max_dim: A column side longer than this becomes block-diagonal.
+        dtype: Of λ.
+        device: Of λ.
+
+    Example:
+        >>> import torch
+        >>> q = Embedding((50_000, 2))
+        >>> sum(p.numel() for p in q.parameters())
+        50004
+    """
+
+    s: Tensor
+    L: Tensor
+    c: Tensor
+    C_L: Tensor
+    second: Tensor
+    cov_L: Tensor
+
+    def _setup(self) -> None:
+        self.left = Side.of(self.n, self.max_dim)
+        self._parameter("L", self._eye(self.left))
+        self._parameter("s", self._ones(*self.groups, self.m).log())
+        self.register_buffer("c", self._ones(*self.groups, self.m))
+        self.register_buffer("C_L", self.L.detach().clone())
+        self._statistic("second", (*self.groups, self.m))
+        self._statistic("cov_L", tuple(self.L.shape))
+
+    def roots(self) -> Roots:
+        return self.C_L @ self.L, (self.c * exp_root(self.s)).unsqueeze(-1)
+
+    def whiten(self, roots: Roots, u: Packed) -> Packed:
+        return roots[1] * self.left.mul(dense(u), roots[0])
+
+    def color(self, roots: Roots, z: Packed) -> Packed:
+        return roots[1] * self.left.mul(dense(z), roots[0].mT)
+
+    def relative(self, roots: Roots, u: Packed, w: Packed, uz: Packed, wz: Packed) -> dict[str, Tensor]:
+        uz, wz = dense(uz), dense(wz)
+        gram = self.left.gram(uz, wz)
+        return {"L": gram + gram.mT, "s": 2 * (uz * wz).sum(-1)}
+
+    def flops(self) -> int:
+        return 4 * math.prod(self.shape) * self.left.size
+
+    def diagonal(self) -> Tensor:
+        L, rows = self.roots()
+        return rows.square() * self.left.diagonal(L.square().sum(-1)).unsqueeze(-2)
+
+    def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
+        z = dense(z)
+        norm = torch.linalg.matrix_norm(z).clamp(min=torch.finfo(z.dtype).tiny)
+        gram = self.left.gram(z, z)
+        scaled = gram / _like_blocks(norm[..., None, None], gram)
+        self._average_({"second": z.square().sum(-1) / norm.unsqueeze(-1), "cov_L": scaled}, ok)
+
+    def refresh_(self, damping: Tensor) -> None:
+        rows = torch.diag_embed(self.second.unsqueeze(-1))  # [*groups, m, 1, 1]: blocks of size one
+        rho_l, rho_r = factored_damping(self.cov_L, rows, self.m, self.n, len(self.groups), damping)
+        self.C_L.copy_(whitening_root(self.cov_L, rho_l, self.C_L))
+        self.c.copy_((self.second + rho_r.unsqueeze(-1)).rsqrt())

@@ -1,0 +1,175 @@
+"""One batch run through the model: loss, gradient, random gradient and Fisher products from one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from . import _checks, diagnostics, fisher
+from ._noise import Noise
+from ._trees import dense, total
+from ._types import Inputs, Linearization, LowRank, Packed, Params
+from .blocks import Packing
+from .capture import Capture, Slots, kept_random_state
+from .likelihoods import Likelihood, resolve
+from .qmodules import QModule
+from .transform import Plan
+
+PackedMap = Callable[[Mapping[str, Packed]], Mapping[str, Packed]]
+
+
+class Runner:
+    """Runs batches through a model; holds what is learned about it at the first batch.
+
+    Args:
+        model: The model.
+        plan: Its plan.
+        likelihood: The likelihood, or ``None`` to resolve it from the first targets.
+        output: From what the model returns to natural parameters.
+        device: Where the model is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        likelihood: Likelihood | None,
+        output: Callable[[Any], Tensor] | None,
+        device: torch.device,
+    ) -> None:
+        self.model, self.plan, self.likelihood, self.output, self.device = model, plan, likelihood, output, device
+        self.capture = Capture(model, dict(plan.layers), output)
+        self.unhooked: frozenset[str] = frozenset()  # layers whose hooks were seen not to tell the whole gradient
+        self._verified = False  # whether the capture was compared with autograd, in an eager call
+        self._values_checked = False  # whether the first targets' values were looked at
+
+    def params(self) -> Params:
+        """Return the trained parameters, resolved by name now, so that replaced ones are found."""
+        every = dict(self.model.named_parameters())
+        return {name: every[name].detach() for block in self.plan.blocks for name in block.names.values()}
+
+    def run(self, inputs: Inputs, targets: Tensor | None, *, twice: bool) -> Batch:
+        """Run the model once on a batch, after checking it.
+
+        Args:
+            inputs: What the model is called with.
+            targets: Observations, or ``None``.
+            twice: Whether Fisher products will be asked for.
+
+        Returns:
+            The batch.
+
+        Raises:
+            ValueError: If something is on another device, or targets do not fit the likelihood, or it is not known yet.
+            TypeError: If output or targets have a wrong type.
+        """
+        leaves = [(f"inputs[{i}]", leaf) for i, leaf in enumerate(pytree.tree_leaves(inputs))]
+        _checks.same_device(self.device, [*leaves, ("targets", targets)])
+        slots = self.capture.discover(inputs)
+        if not self._verified and not torch.compiler.is_compiling():
+            self.unhooked = self._find_unhooked(inputs, slots)
+            self._verified = True
+        slots = {name: calls for name, calls in slots.items() if name not in self.unhooked}
+        hooked = {name for b in self.plan.blocks if b.name in slots for name in b.names.values()}
+        direct = {name: p for name, p in self.params().items() if name not in hooked}
+        lin, seen = self.capture.linearize(inputs, direct, slots, twice=twice)
+        return Batch(self, inputs, targets, lin, Packing(self.plan.blocks, seen))
+
+    def likelihood_for(self, outputs: Tensor, targets: Tensor | None) -> Likelihood:
+        """Return the likelihood, resolved and checked against the targets where there are any."""
+        if targets is None:
+            if self.likelihood is None:
+                raise ValueError(
+                    "likelihood=None must be resolved before a call without targets: take one step, or pass one"
+                )
+            return self.likelihood
+        likelihood = self.likelihood or resolve(outputs, targets)
+        likelihood.check_shapes(outputs, targets)
+        if not torch.compiler.is_compiling() and not self._values_checked:
+            likelihood.check_values(outputs, targets)
+            if self.likelihood is None:
+                diagnostics.log_resolved(likelihood)
+            self.likelihood, self._values_checked = likelihood, True
+        return likelihood
+
+    def _find_unhooked(self, inputs: Inputs, slots: Slots) -> frozenset[str]:
+        """Return the layers whose captured gradient is not autograd's: their weights are also used elsewhere."""
+        with kept_random_state(self.model):
+            lin, seen = self.capture.linearize(inputs, self.params(), slots, twice=False)
+        pulled = lin.pullback(Noise(0, self.device).normal(lin.outputs))
+        captured = Packing(self.plan.blocks, seen).gradients(pulled)
+        wrong = set()
+        for block in self.plan.blocks:
+            if block.name in slots:
+                truth = block.pack(pulled[1])
+                error = torch.linalg.vector_norm(dense(captured[block.name]) - truth)
+                if error > 10 * torch.finfo(truth.dtype).eps ** 0.5 * torch.linalg.vector_norm(truth):
+                    wrong.add(block.name)
+        return frozenset(wrong)
+
+
+class Batch:
+    """A batch after its forward pass; made by :meth:`Runner.run`.
+
+    Args:
+        runner: What ran it.
+        inputs: What the model was called with.
+        targets: Observations, or ``None``.
+        lin: The linearization in layer outputs and direct parameters.
+        packing: How its results are packed.
+    """
+
+    def __init__(
+        self, runner: Runner, inputs: Inputs, targets: Tensor | None, lin: Linearization, packing: Packing
+    ) -> None:
+        self._runner, self._inputs, self._targets, self._lin, self._packing = runner, inputs, targets, lin, packing
+        self.buffers = lin.buffers
+        self._likelihood = runner.likelihood_for(lin.outputs, targets)
+
+    def gradient(self) -> tuple[Tensor, dict[str, Packed], Tensor]:
+        """Return the loss, its gradient by block, and the sum of all its entries, which is finite iff they all are."""
+        cotangent, loss = torch.func.grad_and_value(self._likelihood.nll)(self._lin.outputs, self._targets)  # type: ignore[arg-type]
+        g = self._packing.gradients(self._lin.pullback(cotangent))
+        return loss, g, total(x.sum() for u in g.values() for x in (u if isinstance(u, LowRank) else (u,)))
+
+    def random_gradient(self, q: Mapping[str, QModule], noise: Noise) -> dict[str, Packed]:
+        r"""Return a draw z with :math:`E[zz^\top] = F`, for the Q modules that gather statistics."""
+        weight = self._likelihood.weight(self._lin.outputs, self._targets)
+        pulled = self._lin.pullback(weight.sqrt() * self._likelihood.score(self._lin.outputs, noise))
+        return self._packing.statistics(pulled, q)
+
+    def fisher(self, kind: str, noise: Noise) -> PackedMap:
+        r"""Return :math:`v \mapsto Fv` over all blocks.
+
+        Args:
+            kind: Of the product, see :func:`fishleg_func.fisher_vector_product`.
+            noise: Source of its draws.
+        """
+        params = self._runner.params()
+        if kind == "antithetic":
+            return self._antithetic(params)
+        output_fisher = fisher.make_output_fisher(kind, self._likelihood, self._lin.outputs, self._targets, noise)
+
+        def product(v: Mapping[str, Packed]) -> Mapping[str, Packed]:
+            moved = self._lin.pushforward(self._packing.tangents(v, params))
+            return self._packing.gradients(self._lin.pullback(output_fisher(moved)))
+
+        return product
+
+    def _antithetic(self, params: Params) -> PackedMap:
+        blocks = self._runner.plan.blocks
+        model, output = self._runner.model, self._runner.output
+        gradient = fisher.make_sampled_gradient(model, self._likelihood, self._inputs, self._targets, params, output)
+
+        def product(v: Mapping[str, Packed]) -> Mapping[str, Packed]:
+            moved: Params = {}
+            for block in blocks:
+                moved |= block.unpack(dense(v[block.name]), params)
+            fv = fisher.antithetic_product(gradient, params, moved)
+            return {block.name: block.pack(fv) for block in blocks}
+
+        return product

@@ -1,0 +1,116 @@
+"""Blocks: the parameters that share one Q, and how a step's quantities are packed for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._trees import dense
+from ._types import LowRank, Packed, Params
+from .capture import Seen
+from .layers import LayerSpec
+from .qmodules import QModule
+
+
+@dataclass(frozen=True)
+class Block:
+    """The parameters that share one Q.
+
+    Attributes:
+        name: The layer's qualified name, or the parameter's where it is a block of its own.
+        family: Name of the Q family.
+        shape: Packed shape.
+        names: Qualified parameter name by local name.
+        spec: How the layer packs; ``None`` for a parameter of its own.
+    """
+
+    name: str
+    family: str
+    shape: tuple[int, ...]
+    names: Mapping[str, str]
+    spec: LayerSpec | None
+
+    def pack(self, tensors: Params) -> Tensor:
+        """Pack parameters, or directions in them, given by qualified name."""
+        if self.spec is None:
+            return next(tensors[q] for q in self.names.values()).reshape(self.shape)
+        return self.spec.pack({local: tensors[q] for local, q in self.names.items()})
+
+    def unpack(self, u: Tensor, like: Params) -> Params:
+        """Undo :meth:`pack`; ``like`` gives the parameters' shapes."""
+        if self.spec is None:
+            return {q: u.reshape(like[q].shape) for q in self.names.values()}
+        return {self.names[local]: t for local, t in self.spec.unpack(u).items()}
+
+    def target_norm(self) -> float:
+        """Return the Frobenius norm of an orthogonal matrix of the packed shape."""
+        *groups, m, n = self.shape
+        return math.sqrt(math.prod(groups) * min(m, n))
+
+
+def prefers_rows(shape: tuple[int, ...], rows: int) -> bool:
+    """Tell whether applying a Kronecker Q to factors of so many rows takes fewer FLOPs than to the dense matrix."""
+    m, n = shape[-2:]
+    return rows * (m * m + n * n) < m * n * (m + n)
+
+
+class Packing:
+    """Turns what one linearization sees and pulls back into packed matrices, and packed directions into tangents.
+
+    The rows of a layer's inputs are made once, so that all products of one step share them.
+
+    Args:
+        blocks: All blocks.
+        seen: Inputs of the hooked layers, by block name, a list over calls.
+    """
+
+    def __init__(self, blocks: Sequence[Block], seen: Seen) -> None:
+        self.blocks = blocks
+        self.seen = seen
+        self._rows: dict[str, Tensor] = {}
+
+    def input_rows(self, block: Block) -> Tensor:
+        """Return the input rows of a hooked layer over all of its calls."""
+        assert block.spec is not None
+        if block.name not in self._rows:
+            self._rows[block.name] = torch.cat([block.spec.input_rows(x) for x in self.seen[block.name]], -2)
+        return self._rows[block.name]
+
+    def _packed(self, block: Block, pulled: Any, rows_wanted: bool | None) -> Packed:
+        deltas, direct = pulled
+        if block.name not in self.seen:
+            return block.pack(direct)
+        spec = block.spec
+        assert spec is not None
+        xs, ds = self.seen[block.name], deltas[block.name]
+        if rows_wanted is None:
+            rows_wanted = prefers_rows(block.shape, sum(d.numel() for d in ds) // math.prod(block.shape[:-1]))
+        if rows_wanted:
+            return LowRank(torch.cat([spec.output_rows(d) for d in ds], -2), self.input_rows(block))
+        gradients = [spec.gradient(x, d) for x, d in zip(xs, ds, strict=False)]
+        return gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(0)
+
+    def gradients(self, pulled: Any) -> dict[str, Packed]:
+        """Pack ``(deltas, direct gradients)``: factored where rows are few, dense elsewhere."""
+        return {b.name: self._packed(b, pulled, None) for b in self.blocks}
+
+    def statistics(self, pulled: Any, q: Mapping[str, QModule]) -> dict[str, Packed]:
+        """Pack a random gradient for the Q modules that have a basis: as rows for those that take them."""
+        return {b.name: self._packed(b, pulled, q[b.name].takes_rows) for b in self.blocks if q[b.name].has_basis}
+
+    def tangents(self, v: Mapping[str, Packed], params: Params) -> tuple[Seen, Params]:
+        """Return how layer outputs and direct parameters move when the packed parameters move by ``v``."""
+        moved: Seen = {}
+        direct: Params = {}
+        for b in self.blocks:
+            if b.name in self.seen:
+                assert b.spec is not None
+                moved[b.name] = [b.spec.tangent(x, v[b.name]) for x in self.seen[b.name]]
+            else:
+                direct |= b.unpack(dense(v[b.name]), params)
+        return moved, direct

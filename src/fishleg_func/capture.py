@@ -1,0 +1,206 @@
+"""Capture: forward hooks that record what layers see and add zero probes to what they return.
+
+The gradient in a probe is the gradient at that layer's output, so one ``torch.func.vjp`` over probes gives δ without
+forming a
+weight gradient. Hooks are inert outside of a step, and ``torch.compile`` traces all of this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import _checks
+from ._types import Inputs, Linearization, Params, Slot
+
+Slots = dict[str, list[Slot]]
+Seen = dict[str, list[Tensor]]
+
+
+class _Record:
+    """What the hooks see during one forward pass; without probes, a discovery pass."""
+
+    def __init__(self, probes: Seen | None) -> None:
+        self.probes = probes
+        self.seen: Seen = {}
+        self.slots: Slots = {}
+
+
+class Capture:
+    """The hooks on one model.
+
+    Args:
+        model: The model; its code and state are not touched.
+        layers: The modules to hook, by block name.
+        output: From what the model returns to one tensor of natural parameters.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, nn.Module], output: Callable[[Any], Tensor] | None) -> None:
+        self.model = model
+        self.output = output
+        self._record: _Record | None = None
+        self._slots: dict[Any, Slots] = {}
+        self._handles = [m.register_forward_hook(self._hook(name), with_kwargs=True) for name, m in layers.items()]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _hook(self, name: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
+            record = self._record
+            if record is None:
+                return None
+            if record.probes is None:
+                record.slots.setdefault(name, []).append(Slot(out.shape, out.dtype, out.device))
+                return None
+            if name not in record.probes:
+                return None
+            calls = record.seen.setdefault(name, [])
+            if len(calls) == len(record.probes[name]):
+                raise RuntimeError(
+                    f"layer {name!r} was called more than the {len(calls)} times seen before with inputs of this "
+                    f"shape; its calls must not depend on values or chance: exclude={name!r} leaves it out"
+                )
+            calls.append(args[0] if args else kwargs["input"])
+            return out + record.probes[name][len(calls) - 1]
+
+        return hook
+
+    @contextlib.contextmanager
+    def _recording(self, record: _Record) -> Iterator[None]:
+        self._record = record
+        try:
+            yield
+        finally:
+            self._record = None
+
+    def _forward(self, inputs: Inputs, replaced: Params) -> Tensor:
+        out = call_model(self.model, replaced, inputs)
+        out = out if self.output is None else self.output(out)
+        _checks.tensor_output(out)
+        return out
+
+    def discover(self, inputs: Inputs) -> Slots:
+        """Return how often each layer is called on such inputs, and what it returns; changes nothing.
+
+        In eager code this costs a forward pass for each new shape of inputs; in compiled code it is traced and drops
+        out.
+
+        Args:
+            inputs: What the model is called with.
+        """
+        if torch.compiler.is_compiling():
+            return self._discover(inputs)
+        leaves, structure = pytree.tree_flatten(inputs)
+        shapes = tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        key = (str(structure), repr(shapes), self.model.training)
+        if key not in self._slots:
+            with kept_random_state(self.model):
+                self._slots[key] = self._discover(inputs)
+        return self._slots[key]
+
+    def _discover(self, inputs: Inputs) -> Slots:
+        record = _Record(None)
+        with self._recording(record):
+            self._forward(inputs, cloned_buffers(self.model))
+        return record.slots
+
+    def linearize(self, inputs: Inputs, direct: Params, slots: Slots, *, twice: bool) -> tuple[Linearization, Seen]:
+        """Run the model once and return its linearization in layer outputs and ``direct`` parameters.
+
+        The pullback returns ``(deltas, gradients)``: gradients at the outputs of the hooked layers, by name, a list
+        over calls,
+        and gradients of the direct parameters. The pushforward takes a pair of the same structure.
+
+        Args:
+            inputs: What the model is called with.
+            direct: Parameters that are differentiated as they are, by qualified name.
+            slots: From :meth:`discover`; layers that are missing there are not probed.
+            twice: Whether the pushforward will be used, which needs attention kernels with a second derivative.
+
+        Returns:
+            The linearization, and the inputs of the hooked layers by name, a list over calls.
+        """
+        probes = {
+            k: [torch.zeros(s.shape, dtype=s.dtype, device=s.device) for s in calls] for k, calls in slots.items()
+        }
+
+        def run(probes: Seen, direct: Params) -> tuple[Tensor, Any]:
+            record = _Record(probes)
+            buffers = cloned_buffers(self.model)
+            with self._recording(record), twice_differentiable(twice):
+                outputs = self._forward(inputs, {**direct, **buffers})
+            return outputs, (record.seen, buffers)
+
+        outputs, pullback, (seen, buffers) = torch.func.vjp(run, probes, direct, has_aux=True)  # type: ignore[misc]
+        return Linearization(outputs, pullback, pushforward_of(pullback, outputs), buffers), seen
+
+
+def pushforward_of(pullback: Callable[[Tensor], Any], outputs: Tensor) -> Callable[[Any], Tensor]:
+    r"""Return :math:`v \mapsto Jv` as the transpose of the linear map :math:`c \mapsto J^\top c`.
+
+    Args:
+        pullback: From ``torch.func.vjp``.
+        outputs: What was differentiated.
+    """
+
+    def pushforward(tangent: Any) -> Tensor:
+        _, transpose = torch.func.vjp(pullback, torch.zeros_like(outputs))
+        result: Tensor = transpose(tangent)[0]
+        return result
+
+    return pushforward
+
+
+def call_model(model: nn.Module, replaced: Params, inputs: Inputs) -> Any:
+    """Call the model with some of its parameters and buffers replaced: a tensor, positional or keyword arguments."""
+    if isinstance(inputs, dict):
+        return torch.func.functional_call(model, replaced, (), inputs)
+    return torch.func.functional_call(model, replaced, inputs if isinstance(inputs, tuple) else (inputs,))
+
+
+def cloned_buffers(model: nn.Module) -> Params:
+    """Return copies of the buffers, for a forward pass that may update them."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+@contextlib.contextmanager
+def twice_differentiable(active: bool) -> Iterator[None]:
+    """Choose the attention kernel that can be differentiated twice."""
+    if active:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def kept_random_state(model: nn.Module) -> Iterator[None]:
+    """Leave the global random streams as they were, on the CPU and wherever the model's parameters are; eager only."""
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(i for i in devices if i is not None)):
+        yield
+
+
+@contextlib.contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Put the global random streams back where they were if the block raises."""
+    cpu = torch.get_rng_state()
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    cuda = [torch.cuda.get_rng_state(i) for i in devices]
+    try:
+        yield
+    except BaseException:
+        torch.set_rng_state(cpu)
+        for i, state in zip(devices, cuda, strict=True):
+            torch.cuda.set_rng_state(state, i)
+        raise

@@ -1,0 +1,184 @@
+"""``fishlegify``: from a model and a likelihood to a stepping function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks, auxiliary, fisher
+from ._types import Hyper, Options
+from .batch import Runner
+from .likelihoods import Likelihood, as_likelihood
+from .step import FishLegStep
+from .transform import Family, make_plan, unwrapped
+
+_KL_CLIP = 1e-3  # nats
+_ADAM_LIMIT = 0.1  # an aux_lr for the relative rule would ruin λ under Adam
+
+
+def fishlegify(
+    model: nn.Module,
+    likelihood: Likelihood | Any | None = None,
+    *,
+    lr: float = 2e-2,
+    beta: float = 0.9,
+    momentum: str = "before",
+    weight_decay: float = 0.0,
+    damping: float = 3e-3,
+    update_aux_every: int = 10,
+    aux_rule: str = "relative",
+    aux_lr: float = 0.2,
+    aux_betas: tuple[float, float] = (0.9, 0.999),
+    aux_eps: float = 1e-8,
+    precondition_aux: bool = False,
+    aux_batch_size: int | None = None,
+    q: Family | Mapping[str, Family] = "kfac",
+    fisher: str = "exact",
+    u: str = "gradient",
+    step_norm: str | None = "layer",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    output: Callable[[Any], Tensor] | None = None,
+    generator: torch.Generator | None = None,
+) -> FishLegStep:
+    r"""Return a function that trains ``model`` with natural-gradient steps, preconditioned by a learned inverse Fisher.
+
+    .. math:: m \leftarrow \beta m + (1 - \beta) g, \qquad
+              \theta \leftarrow \theta - \eta\, s(Q(\lambda) m) - \eta\, \mathrm{wd}\, \theta, \qquad
+              Q(\lambda) \approx (F + \gamma I)^{-1}
+
+    The model's code, ``parameters()`` and ``state_dict()`` are left alone; its layers get forward hooks that are inert
+    outside of
+    a step. ``fishlegify(model)`` alone works: the likelihood is then resolved from the first targets, class labels
+    giving
+    :class:`~fishleg_func.likelihoods.Categorical` and real targets shaped like the outputs a unit
+    :class:`~fishleg_func.likelihoods.Gaussian`.
+
+    Args:
+        model: Any module; one wrapped by ``torch.compile`` is unwrapped.
+        likelihood: What the model's outputs are the natural parameters of; ``None`` resolves it from the first targets.
+        lr: Learning rate η. With ``step_norm="layer"`` it is relative to an orthogonal matrix of each layer's shape.
+        beta: Decay of the momentum, in [0, 1).
+        momentum: ``"before"`` averages gradients and applies Q to the average; ``"after"``, the paper's, averages Q g.
+        weight_decay: Decoupled weight decay: parameters shrink by ``lr * weight_decay`` at every step.
+        damping: γ, in the units of the Fisher.
+        update_aux_every: Steps between auxiliary updates of λ (the first ``update_aux_every`` steps all make one); 0
+            never
+            updates λ, which leaves the families' bases: K-FAC for ``"kfac"``.
+        aux_rule: ``"relative"`` moves λ multiplicatively; ``"adam"`` is the paper's.
+        aux_lr: Rate of the rule: 0.2 suits ``"relative"``, about 1e-3 ``"adam"``.
+        aux_betas: Decay of Adam's two moments, with ``aux_rule="adam"``.
+        aux_eps: Added to the root of Adam's second moment.
+        precondition_aux: Precondition the gradient of the auxiliary loss with Q.
+        aux_batch_size: Number of leading examples of a batch that curvature is taken from; ``None`` for all.
+        q: Q family of the layers, ``"kfac"``, ``"kronecker"``, ``"scaled_kronecker"``, ``"eigen"``, ``"diagonal"``,
+            ``"dense"``, ``"embedding"``, or
+            a callable ``(shape, dtype=, device=) -> QModule``; or a dict from glob patterns on block, module or
+            parameter names
+            to these, the first match winning.
+        fisher: Fisher-vector product of the auxiliary loss: ``"exact"``, ``"sampled"``, ``"empirical"`` or
+            ``"antithetic"``, see
+            :func:`fisher_vector_product`.
+        u: Probe direction: ``"gradient"``, ``"momentum"`` or ``"gaussian"``.
+        step_norm: ``"layer"`` scales each layer's step to the Frobenius norm of an orthogonal matrix of its shape;
+            ``"kl"`` bounds the
+            predicted KL divergence of the step by ``step.hyper.kl_clip`` (1e-3 nats); ``None`` takes the step as it is.
+        include: Glob patterns on parameter or module names: only what they match is trained.
+        exclude: Glob patterns: what they match is not trained.
+        output: From what the model returns to one tensor of natural parameters, for models that return objects.
+        generator: Seeds the step's own random numbers; by default they are seeded from ``torch.initial_seed()``. The
+            global random
+            stream is not drawn from.
+
+    Returns:
+        The stepping function, ``loss = step(inputs, targets)``.
+
+    Raises:
+        TypeError: If the model or the likelihood is not one.
+        ValueError: If an argument is out of its range, a pattern matches nothing, or there is nothing to train.
+
+    Example:
+        A linear model with a Gaussian likelihood and one exact natural-gradient step, K-FAC being exact here:
+
+        >>> import torch
+        >>> import fishleg_func as ff
+        >>> model = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
+        >>> x = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+        >>> step = ff.fishlegify(
+        ...     model, ff.likelihoods.Gaussian(), lr=1.0, beta=0.0, damping=1e-12, step_norm=None, update_aux_every=0
+        ... )
+        >>> loss = step(x, 3 * x)
+        >>> round(model.weight.item(), 4)
+        3.0
+
+    References:
+        Garcia, Freddi, Fotiadis, Li, Vakili, Bernacchia & Hennequin, "Fisher-Legendre (FishLeg) optimization of deep
+        neural
+        networks", ICLR 2023.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r} must be a torch.nn.Module; pass the module itself")
+    model = unwrapped(model)
+    options = Options(momentum, update_aux_every, aux_rule, precondition_aux, aux_batch_size, fisher, u, step_norm)
+    _check(options, lr, beta, weight_decay, damping, aux_lr, aux_betas, aux_eps)
+    likelihood = None if likelihood is None else as_likelihood(likelihood)
+    plan = make_plan(model, q, include, exclude)
+    every = [p for module in plan.q.values() for p in module.parameters()]
+    device, dtype = every[0].device, max((p.dtype for p in every), key=lambda d: torch.finfo(d).bits)
+    strays = {str(p.device) for p in model.parameters() if p.device != device}
+    if strays:
+        raise ValueError(
+            f"parameters on {device} and {', '.join(sorted(strays))} must be on one device; move the model"
+        )
+
+    def scalar(value: float) -> Tensor:
+        return torch.tensor(value, dtype=dtype, device=device)
+
+    hyper = Hyper(*map(scalar, (lr, damping, aux_lr, weight_decay, beta, _KL_CLIP)))
+    rule: auxiliary.Rule = auxiliary.make_relative(hyper.aux_lr)
+    if aux_rule == "adam":
+        rule = auxiliary.Adam(plan.q, hyper.aux_lr, aux_betas, aux_eps)
+    seed = torch.initial_seed()
+    if generator is not None:
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    return FishLegStep(Runner(model, plan, likelihood, output, device), hyper, options, rule, seed)
+
+
+def _check(
+    options: Options,
+    lr: float,
+    beta: float,
+    weight_decay: float,
+    damping: float,
+    aux_lr: float,
+    aux_betas: tuple[float, float],
+    aux_eps: float,
+) -> None:
+    """Validate the arguments that do not depend on the model."""
+    small = "use a small value such as 1e-3"
+    _checks.number("lr", lr, 0, math.inf, small, low_open=True)
+    _checks.number("damping", damping, 0, math.inf, small, low_open=True)
+    _checks.number("aux_lr", aux_lr, 0, math.inf, "use 0.2 with the relative rule, 1e-3 with Adam", low_open=True)
+    _checks.number("weight_decay", weight_decay, 0, math.inf, "use 0 for none")
+    _checks.number("beta", beta, 0, 1, "use 0.9, or 0 for no momentum")
+    _checks.number("update_aux_every", options.update_aux_every, 0, math.inf, "use 0 to never update λ")
+    if not isinstance(options.update_aux_every, int) or isinstance(options.update_aux_every, bool):
+        raise ValueError(f"update_aux_every={options.update_aux_every!r} must be an integer number of steps")
+    _checks.choice("momentum", options.momentum, ("before", "after"))
+    _checks.choice("aux_rule", options.aux_rule, auxiliary.RULES)
+    _checks.choice("fisher", options.fisher, fisher.KINDS)
+    _checks.choice("u", options.u, ("gradient", "momentum", "gaussian"))
+    _checks.choice("step_norm", options.step_norm, (None, "kl", "layer"))
+    if options.aux_batch_size is not None:
+        _checks.number("aux_batch_size", options.aux_batch_size, 1, math.inf, "use None for the whole batch")
+    for i, value in enumerate(aux_betas):
+        _checks.number(f"aux_betas[{i}]", value, 0, 1, "use (0.9, 0.999)")
+    _checks.number("aux_eps", aux_eps, 0, math.inf, "use 1e-8", low_open=True)
+    if options.aux_rule == "relative":
+        _checks.number("aux_lr", aux_lr, 0, 1, "λ stays invertible only below 1; use 0.2", low_open=True)
+    elif aux_lr >= _ADAM_LIMIT:
+        raise ValueError(f"aux_lr={aux_lr} must be < {_ADAM_LIMIT} with aux_rule='adam'; use 1e-3")

@@ -1,0 +1,303 @@
+r"""The Q algebra: positive-definite operators on packed matrices, with no knowledge of networks.
+
+Every family is written as :math:`Q = B B^\top`. What a family supplies is B (``color``) and its transpose
+(``whiten``); in the
+whitened coordinates :math:`\tilde u = B^\top u`, :math:`\tilde w = B^\top w` the gradients of the auxiliary loss are
+short
+(docs/maths.md). ``roots`` are the tensors that B is made of, computed once per change of λ and passed back in.
+
+A family has parameters λ (``L``, ``R``, ``s``) and may have a basis (``C_L``, ``C_R``, ``c``) that
+:meth:`QModule.refresh_`
+takes from running statistics of the Fisher, so that λ at the identity is already K-FAC or its diagonal counterpart.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from . import _checks
+from ._sides import Side
+from ._trees import assign_, dense
+from ._types import Packed
+
+__all__ = ["Dense", "QModule"]
+
+Roots = tuple[Tensor, ...]
+
+_S_LIMIT = 30.0  # |s| at which a log-root saturates: e^{±60} in Q is still far inside of float32
+_STATISTICS_RATE = 0.05  # least weight of the newest batch in the running statistics
+
+
+class QModule(nn.Module, ABC):
+    r"""A symmetric positive-definite operator :math:`Q(\lambda) = BB^\top` on packed matrices of one shape.
+
+    Evaluate it at any λ with ``torch.func.functional_call(q, lam, (u,))``. Subclasses define :meth:`roots`,
+    :meth:`whiten`,
+    :meth:`color`, :meth:`relative` and :meth:`diagonal`, and those with a basis :meth:`gather_` and :meth:`refresh_`.
+
+    Args:
+        shape: Shape of the packed matrix, ``(m, n)``, or ``(groups, m, n)``, each group having its own Q.
+        max_dim: A side longer than this becomes block-diagonal.
+        dtype: Of λ.
+        device: Of λ.
+
+    Raises:
+        ValueError: If the shape has an empty axis or is not two- or three-dimensional.
+    """
+
+    shape: tuple[int, ...]
+    count: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        *,
+        max_dim: int = 4096,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        if len(shape) not in (2, 3) or min(shape) < 1:
+            raise ValueError(
+                f"shape={tuple(shape)} must be (m, n) or (groups, m, n), all >= 1; pack the parameters first"
+            )
+        self.shape = tuple(shape)
+        *groups, self.m, self.n = shape
+        self.groups = tuple(groups)
+        self.max_dim = max_dim
+        self._dtype, self._device = dtype, device
+        self._setup()
+
+    @abstractmethod
+    def _setup(self) -> None:
+        """Make λ and the basis, from what the constructor was given."""
+
+    def _parameter(self, name: str, value: Tensor) -> None:
+        self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    def _eye(self, side: Side) -> Tensor:
+        return side.eye(self.groups, self._dtype, self._device)
+
+    def _ones(self, *shape: int) -> Tensor:
+        return torch.ones(shape, dtype=self._dtype, device=self._device)
+
+    @abstractmethod
+    def roots(self) -> Roots:
+        """Return the tensors that B is made of, from the present λ and basis."""
+
+    @abstractmethod
+    def whiten(self, roots: Roots, u: Packed) -> Packed:
+        r"""Return :math:`B^\top u`.
+
+        Args:
+            roots: From :meth:`roots`.
+            u: Packed matrix, dense (leading batch dimensions allowed) or factored.
+
+        Returns:
+            The same kind where the family allows it, else dense.
+        """
+
+    @abstractmethod
+    def color(self, roots: Roots, z: Packed) -> Packed:
+        r"""Return :math:`B z`; for standard normal z this is a sample of N(0, Q).
+
+        Args:
+            roots: From :meth:`roots`.
+            z: Whitened packed matrix, dense or factored.
+
+        Returns:
+            The same kind where the family allows it, else dense.
+        """
+
+    @abstractmethod
+    def relative(self, roots: Roots, u: Packed, w: Packed, uz: Packed, wz: Packed) -> dict[str, Tensor]:
+        r"""Return the relative gradient of :math:`\langle w, Q(\lambda)u \rangle` for each parameter of λ.
+
+        Args:
+            roots: From :meth:`roots`.
+            u: Probe.
+            w: Gradient of A in v = Qu, held constant.
+            uz: :math:`B^\top u`.
+            wz: :math:`B^\top w`.
+
+        Returns:
+            :math:`L^\top \partial_L`, :math:`\partial_R R^\top` and :math:`\partial_s`, by name of the parameter.
+        """
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of Q in the packed shape."""
+
+    def forward(self, u: Packed) -> Packed:
+        """Return Q u.
+
+        Args:
+            u: Packed matrix, dense (leading batch dimensions allowed) or factored.
+
+        Returns:
+            Q u, factored where u is and the family allows it.
+        """
+        roots = self.roots()
+        return self.color(roots, self.whiten(roots, u))
+
+    def sqrt(self, z: Tensor) -> Tensor:
+        r"""Return :math:`Bz` with :math:`BB^\top = Q`, for sampling from N(0, Q).
+
+        Args:
+            z: Standard normal, of the packed shape.
+
+        Returns:
+            A tensor of the packed shape.
+        """
+        return dense(self.color(self.roots(), z))
+
+    def dense(self) -> Tensor:
+        """Return Q as a matrix on the row-major flattening of the packed shape, for small shapes."""
+        size = math.prod(self.shape)
+        basis = torch.eye(size, dtype=self._dtype, device=self._device).view(size, *self.shape)
+        return dense(self.forward(basis)).reshape(size, size).mT
+
+    def retract_(self, gradients: dict[str, Tensor], rate: Tensor, ok: Tensor | None = None) -> None:
+        r"""Step λ along relative gradients: :math:`L \leftarrow L(I - \eta G_L / \max(1, \|G_L\|_F))`, R and s alike.
+
+        Args:
+            gradients: From :meth:`relative`.
+            rate: η, 0-d.
+            ok: Where given and false, nothing is changed.
+        """
+        for name, gradient in gradients.items():
+            lam = getattr(self, name)
+            if name == "s":
+                step = rate * (lam.numel() * gradient).clamp(-1, 1)
+            else:
+                norm = torch.linalg.matrix_norm(gradient, keepdim=True)
+                move = gradient * (rate / norm.clamp(min=1))
+                step = lam @ move if name == "L" else move @ lam
+            assign_(lam, lam - step, ok)
+
+    def scale_(self, factor: float | Tensor) -> None:
+        """Multiply Q by a positive factor, through λ.
+
+        Args:
+            factor: A number or 0-d tensor.
+
+        Raises:
+            ValueError: If the factor is not positive and finite.
+        """
+        _checks.positive("factor", factor)
+        factor = torch.as_tensor(factor)
+        with torch.no_grad():
+            lam = dict(self.named_parameters())
+            if "s" in lam:
+                lam["s"].add_(0.5 * factor.log().to(lam["s"]))
+            else:
+                lam["L"].mul_(factor.sqrt().to(lam["L"]))
+
+    def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
+        r"""Add a random gradient to the running statistics of the Fisher; families without a basis have none.
+
+        Args:
+            z: A draw with :math:`E[zz^\top] = F`, factored or dense.
+            ok: Where given and false, nothing is changed.
+        """
+
+    def refresh_(self, damping: Tensor) -> None:
+        """Recompute the basis from the statistics; λ stays.
+
+        Args:
+            damping: γ, 0-d.
+        """
+
+    takes_rows = False  # whether gather_ is better served with factors over rows than with a dense gradient
+
+    @abstractmethod
+    def flops(self) -> int:
+        """Return the floating-point operations of applying Q to one dense packed matrix."""
+
+    @property
+    def has_basis(self) -> bool:
+        """Whether the family has a basis to refresh."""
+        return "count" in self._buffers
+
+    def _statistic(self, name: str, shape: tuple[int, ...]) -> None:
+        self.register_buffer(name, torch.zeros(shape, dtype=self._dtype, device=self._device))
+        if not self.has_basis:
+            # an integer: torch 2.13 compiles lose writes to 0-d float64 tensors
+            self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=self._device))
+
+    def _average_(self, new: dict[str, Tensor], ok: Tensor | None) -> None:
+        """Move the running means towards ``new``: a plain mean at first, exponential later."""
+        assign_(self.count, self.count + 1, ok)
+        for name, value in new.items():
+            mean = getattr(self, name)
+            weight = self.count.to(mean.dtype).reciprocal().clamp(min=_STATISTICS_RATE)
+            assign_(mean, torch.lerp(mean, value, weight), ok)
+
+    def extra_repr(self) -> str:
+        """Return the packed shape for ``print``."""
+        return f"shape={self.shape}"
+
+
+class Dense(QModule):
+    r"""One full matrix over all entries, for tiny shapes and tests: :math:`Q = L L^\top`.
+
+    Parameter: ``L`` ``[P, P]``, starting at the identity, P being the number of entries.
+
+    Args:
+        shape: ``(m, n)`` or ``(groups, m, n)``.
+        max_dim: The largest P allowed.
+        dtype: Of λ.
+        device: Of λ.
+
+    Raises:
+        ValueError: If P is larger than ``max_dim``.
+
+    Example:
+        >>> import torch
+        >>> q = Dense((2, 2))
+        >>> q.scale_(0.25)
+        >>> q.dense().diagonal().tolist()
+        [0.25, 0.25, 0.25, 0.25]
+    """
+
+    L: Tensor
+
+    def _setup(self) -> None:
+        size = math.prod(self.shape)
+        if size > self.max_dim:
+            raise ValueError(
+                f"family 'dense' needs a {size} x {size} matrix, and must stay <= {self.max_dim}; use 'kfac'"
+            )
+        self._parameter("L", torch.eye(size, dtype=self._dtype, device=self._device))
+
+    def roots(self) -> Roots:
+        return (self.L,)
+
+    def _mul(self, x: Packed, matrix: Tensor) -> Tensor:
+        flat = dense(x).flatten(-len(self.shape))  # "... g m n -> ... (g m n)"
+        return (flat @ matrix).view(*flat.shape[:-1], *self.shape)
+
+    def whiten(self, roots: Roots, u: Packed) -> Packed:
+        return self._mul(u, roots[0])
+
+    def color(self, roots: Roots, z: Packed) -> Packed:
+        return self._mul(z, roots[0].mT)
+
+    def relative(self, roots: Roots, u: Packed, w: Packed, uz: Packed, wz: Packed) -> dict[str, Tensor]:
+        outer = dense(uz).reshape(-1, 1) * dense(wz).reshape(1, -1)
+        return {"L": outer + outer.mT}
+
+    def flops(self) -> int:
+        return 4 * self.L.numel()
+
+    def diagonal(self) -> Tensor:
+        return self.L.square().sum(-1).view(self.shape)
+
+
+def exp_root(s: Tensor) -> Tensor:
+    """Return e^s, saturated where its square would leave float32."""
+    return s.clamp(-_S_LIMIT, _S_LIMIT).exp()

@@ -1,0 +1,176 @@
+"""From a model to a plan: which parameters share a Q, of which family, and which are left alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from . import _checks
+from .blocks import Block
+from .families import FAMILIES
+from .layers import find_spec, table_shape
+from .qmodules import QModule
+
+ROOT = "(root)"
+"""Name of the block of a model that is itself a layer."""
+
+Family = str | Callable[..., QModule]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be trained, and how.
+
+    Attributes:
+        blocks: Every trained parameter is in one of them.
+        layers: The modules to hook, by block name.
+        q: A new Q module for each block, by name.
+        left_alone: Parameters that are not trained, with the reason.
+    """
+
+    blocks: tuple[Block, ...]
+    layers: Mapping[str, nn.Module]
+    q: Mapping[str, QModule]
+    left_alone: Mapping[str, str]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside one that ``torch.compile`` wrapped, or the module itself."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def ancestry(name: str) -> list[str]:
+    """Return a qualified name and those of the modules it is in: ``a.b.weight``, ``a.b``, ``a``."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
+
+
+def _as_list(patterns: str | Sequence[str] | None) -> list[str]:
+    return [] if patterns is None else [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def select(
+    model: nn.Module, include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
+    """Return the parameters to train, by name, and those left alone with the reason.
+
+    Args:
+        model: The model.
+        include: Globs on parameter or module names; only what they match is trained.
+        exclude: Globs; what they match is not trained.
+
+    Raises:
+        ValueError: If there is nothing to train, or a pattern matches nothing.
+    """
+    params = dict(model.named_parameters())
+    if not params:
+        raise ValueError(
+            f"the model {type(model).__name__} has no parameters, and must have some; pass the module to train"
+        )
+    every_name = {a for name in params for a in ancestry(name)}
+    wanted, unwanted = _as_list(include), _as_list(exclude)
+    _checks.all_patterns_match("include", wanted, every_name)
+    _checks.all_patterns_match("exclude", unwanted, every_name)
+    left_alone: dict[str, str] = {}
+    for name, p in params.items():
+        names = ancestry(name)
+        if not p.requires_grad:
+            left_alone[name] = "frozen"
+        elif wanted and not any(_checks.matches(w, names) for w in wanted):
+            left_alone[name] = "not included"
+        elif any(_checks.matches(w, names) for w in unwanted):
+            left_alone[name] = "excluded"
+        elif not p.dtype.is_floating_point:
+            raise ValueError(
+                f"parameter {name!r} of dtype {p.dtype} must be real and floating; exclude={name!r} leaves it alone"
+            )
+    chosen = {name: p for name, p in params.items() if name not in left_alone}
+    if not chosen:
+        raise ValueError(f"no parameter is left to train and at least one must be; left alone: {left_alone}")
+    return chosen, left_alone
+
+
+def _layer_blocks(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> dict[str, tuple[Block, nn.Module]]:
+    """Return the blocks of layers with a spec, by name, parameters that several modules own left out."""
+    owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    found: dict[str, tuple[Block, nn.Module]] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        local = {n: prefix + n for n, _ in module.named_parameters(recurse=False) if prefix + n in chosen}
+        spec = find_spec(module, tuple(local)) if local else None
+        if spec is not None and all(owners[chosen[name]] == 1 for name in local.values()):
+            name = path or ROOT
+            found[name] = (Block(name, spec.family, spec.shape, local, spec), module)
+    return found
+
+
+def make_plan(
+    model: nn.Module,
+    q: Family | Mapping[str, Family],
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+) -> Plan:
+    """Decide on every parameter of a model.
+
+    Args:
+        model: The model; only looked at.
+        q: A family for all layers, or families by glob pattern, the first that matches a block or its parameters.
+        include: Globs of what to train.
+        exclude: Globs of what not to train.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: If a pattern matches nothing, a family is unknown, or nothing is left to train.
+    """
+    chosen, left_alone = select(model, include, exclude)
+    layered = _layer_blocks(model, chosen)
+    covered = {name for block, _ in layered.values() for name in block.names.values()}
+    tables = {
+        f"{path}.weight" if path else "weight" for path, m in model.named_modules() if isinstance(m, nn.Embedding)
+    }
+    blocks = [block for block, _ in layered.values()]
+    for name, p in chosen.items():
+        if name not in covered:
+            family = "embedding" if name in tables else "diagonal"
+            blocks.append(Block(name, family, table_shape(p), {name.rpartition(".")[2]: name}, None))
+    families = _families(q, blocks)
+    modules = {}
+    for i, block in enumerate(blocks):
+        label, factory = families[block.name]
+        first = chosen[next(iter(block.names.values()))]
+        modules[block.name] = factory(block.shape, dtype=first.dtype, device=first.device)
+        blocks[i] = Block(block.name, label, block.shape, block.names, block.spec)
+    return Plan(tuple(blocks), {name: module for name, (_, module) in layered.items()}, modules, left_alone)
+
+
+def _families(
+    q: Family | Mapping[str, Family], blocks: Sequence[Block]
+) -> dict[str, tuple[str, Callable[..., QModule]]]:
+    """Return each block's family, as a name to report and a factory."""
+    if isinstance(q, Mapping):
+        names = {b.name: [*ancestry(b.name), *(a for n in b.names.values() for a in ancestry(n))] for b in blocks}
+        _checks.all_patterns_match("q", q, {n for group in names.values() for n in group})
+    chosen: dict[str, tuple[str, Callable[..., QModule]]] = {}
+    for block in blocks:
+        family: Any = block.family
+        if isinstance(q, Mapping):
+            family = next((f for pattern, f in q.items() if _checks.matches(pattern, names[block.name])), family)
+        elif block.spec is not None:
+            family = q
+        if isinstance(family, str):
+            _checks.choice("q", family, FAMILIES)
+            chosen[block.name] = (family, FAMILIES[family])
+        elif callable(family):
+            chosen[block.name] = (getattr(family, "__name__", repr(family)), family)
+        else:
+            raise ValueError(
+                f"q={family!r} must be a family name ({', '.join(FAMILIES)}) or a callable shape -> QModule"
+            )
+    return chosen
