@@ -110,6 +110,20 @@ def tangent(v: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
         )
 
 
+def same_state(own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise ValueError unless two states have the same names and shapes."""
+    missing, unknown = sorted(set(own) - set(given)), sorted(set(given) - set(own))
+    both = [k for k in own if k in given and isinstance(own[k], Tensor)]
+    wrong = [
+        f"{k}: {tuple(given[k].shape)} instead of {tuple(own[k].shape)}" for k in both if given[k].shape != own[k].shape
+    ]
+    if missing or unknown or wrong:
+        raise ValueError(
+            f"the state lacks {missing}, has unknown {unknown} and wrong shapes {wrong}; it must come from a step made with "
+            "the same model and arguments"
+        )
+
+
 def matches(pattern: str, names: Collection[str]) -> bool:
     """Tell whether a glob pattern matches one of ``names``, case-sensitively."""
     return any(fnmatchcase(name, pattern) for name in names)

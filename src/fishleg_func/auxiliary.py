@@ -133,6 +133,12 @@ class Adam:
         self.second: Moments = {k: {n: torch.zeros_like(p) for n, p in m.named_parameters()} for k, m in q.items()}
         self.count = torch.zeros_like(rate, dtype=torch.int64)  # 0-d: updates so far
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state by name: the moments and the count, the tensors themselves."""
+        moments = {"first": self.first, "second": self.second}
+        named = {f"{m}.{k}.{n}": t for m, of in moments.items() for k, block in of.items() for n, t in block.items()}
+        return {"count": self.count, **named}
+
     def __call__(self, p: Probe, q: Mapping[str, QModule], ok: Tensor | None) -> None:
         """Update λ in place; with ``ok`` false, nothing is changed. A zero probe moves nothing either."""
         moved = total(inner(x, x) for x in p.uz.values()) > 0

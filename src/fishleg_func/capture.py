@@ -44,6 +44,7 @@ class Capture:
     def __init__(self, model: nn.Module, layers: dict[str, nn.Module], output: Callable[[Any], Tensor] | None) -> None:
         self.model = model
         self.output = output
+        self._ties = find_ties(model)
         self._record: _Record | None = None
         self._slots: dict[Any, Slots] = {}
         self._handles = [m.register_forward_hook(self._hook(name), with_kwargs=True) for name, m in layers.items()]
@@ -84,7 +85,7 @@ class Capture:
             self._record = None
 
     def _forward(self, inputs: Inputs, replaced: Params) -> Tensor:
-        out = call_model(self.model, replaced, inputs)
+        out = call_model(self.model, replaced, inputs, self._ties)
         out = out if self.output is None else self.output(out)
         _checks.tensor_output(out)
         return out
@@ -154,18 +155,39 @@ def pushforward_of(pullback: Callable[[Tensor], Any], outputs: Tensor) -> Callab
     """
 
     def pushforward(tangent: Any) -> Tensor:
-        _, transpose = torch.func.vjp(pullback, torch.zeros_like(outputs))
+        _, transpose = torch.func.vjp(pullback, torch.zeros_like(outputs))  # type: ignore[misc]
         result: Tensor = transpose(tangent)[0]
         return result
 
     return pushforward
 
 
-def call_model(model: nn.Module, replaced: Params, inputs: Inputs) -> Any:
+Ties = dict[str, tuple[str, ...]]
+
+
+def find_ties(model: nn.Module) -> Ties:
+    """Return the other names of parameters and buffers that several modules hold, by their first name.
+
+    A module that is reached by two paths holds its tensors once. ``functional_call``'s own handling of ties counts them
+    twice and then leaves the replacement in the module (torch 2.13), so it is told every name instead.
+
+    Args:
+        model: Any module.
+    """
+    names: dict[Tensor, list[str]] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for local, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            names.setdefault(tensor, []).append(prefix + local)
+    return {first: tuple(others) for first, *others in names.values() if others}
+
+
+def call_model(model: nn.Module, replaced: Params, inputs: Inputs, ties: Ties) -> Any:
     """Call the model with some of its parameters and buffers replaced: a tensor, positional or keyword arguments."""
-    if isinstance(inputs, dict):
-        return torch.func.functional_call(model, replaced, (), inputs)
-    return torch.func.functional_call(model, replaced, inputs if isinstance(inputs, tuple) else (inputs,))
+    everywhere = replaced | {other: replaced[k] for k, others in ties.items() if k in replaced for other in others}
+    args = () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
+    kwargs = inputs if isinstance(inputs, dict) else None
+    return torch.func.functional_call(model, everywhere, args, kwargs, tie_weights=False)
 
 
 def cloned_buffers(model: nn.Module) -> Params:

@@ -173,6 +173,8 @@ def _check(
     _checks.choice("fisher", options.fisher, fisher.KINDS)
     _checks.choice("u", options.u, ("gradient", "momentum", "gaussian"))
     _checks.choice("step_norm", options.step_norm, (None, "kl", "layer"))
+    if options.step_norm == "kl" and options.momentum == "after":
+        raise ValueError("step_norm='kl' needs the averaged gradient and must go with momentum='before'")
     if options.aux_batch_size is not None:
         _checks.number("aux_batch_size", options.aux_batch_size, 1, math.inf, "use None for the whole batch")
     for i, value in enumerate(aux_betas):

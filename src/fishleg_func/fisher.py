@@ -19,6 +19,7 @@ from ._types import Inputs, Linearization, Params
 from .capture import (
     call_model,
     cloned_buffers,
+    find_ties,
     kept_random_state,
     pushforward_of,
     twice_differentiable,
@@ -59,11 +60,12 @@ def linearize(
     model: nn.Module, inputs: Inputs, params: Params, output: Callable[[Any], Tensor] | None = None
 ) -> Linearization:
     """Linearize a model in its parameters, by name; nothing of the model is changed."""
+    ties = find_ties(model)
 
     def run(params: Params) -> tuple[Tensor, Params]:
         buffers = cloned_buffers(model)
         with twice_differentiable(True):
-            out = call_model(model, {**params, **buffers}, inputs)
+            out = call_model(model, {**params, **buffers}, inputs, ties)
         out = out if output is None else output(out)
         _checks.tensor_output(out)
         return out, buffers
@@ -214,9 +216,11 @@ def make_sampled_gradient(
             "fisher='antithetic' replays the random state, which torch.compile cannot; use fisher='exact'"
         )
 
+    ties = find_ties(model)
+
     def outputs_at(point: Params) -> Tensor:
         with kept_random_state(model):
-            out = call_model(model, {**point, **cloned_buffers(model)}, inputs)
+            out = call_model(model, {**point, **cloned_buffers(model)}, inputs, ties)
             out = out if output is None else output(out)
         _checks.tensor_output(out)
         return out

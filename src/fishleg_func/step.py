@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.utils._pytree as pytree
@@ -113,7 +113,7 @@ class FishLegStep:
             else:
                 direction = torch.lerp(dense(self._apply_q(name, g[name])), p[name], beta)
             assign_(p[name], direction, ok)
-        self._move(self._step_scales(g), ok)
+        self._move(self._step_scales(), ok)
         for name, buffer in self.model.named_buffers():
             assign_(buffer, batch.buffers[name], ok)
         self._noise.advance_()
@@ -123,7 +123,7 @@ class FishLegStep:
         q, roots = self.q[name], self._roots[name]
         return q.color(roots, q.whiten(roots, u))
 
-    def _step_scales(self, g: Mapping[str, Packed]) -> dict[str, Tensor]:
+    def _step_scales(self) -> dict[str, Tensor]:
         """Return s(p) / p of each block, a 0-d tensor."""
         p = self._direction
         if self._options.step_norm == "layer":
@@ -131,8 +131,7 @@ class FishLegStep:
             return {b.name: b.target_norm() * inverse_or_zero(torch.linalg.vector_norm(p[b.name])) for b in blocks}
         factor = torch.ones_like(self.hyper.lr)
         if self._options.step_norm == "kl":
-            force: Mapping[str, Packed] = self._momentum if self._options.momentum == "before" else g
-            predicted = self.hyper.lr.square() * total(inner(force[k], p[k]) for k in p).abs()
+            predicted = self.hyper.lr.square() * total(inner(self._momentum[k], p[k]) for k in p)
             bound = (self.hyper.kl_clip * inverse_or_zero(predicted)).sqrt()
             factor = torch.where(predicted > self.hyper.kl_clip, bound, factor)
         return dict.fromkeys(p, factor)
@@ -316,6 +315,45 @@ class FishLegStep:
             for k, q in self.q.items()
         }
         return diagnostics.report(self.model, plan, direct, state, self.likelihood)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return all state that is kept between steps, by name: the tensors themselves."""
+        tensors = {f"hyper.{k}": t for k, t in vars(self.hyper).items()}
+        for name, q in self.q.items():
+            tensors |= {f"q.{name}.{k}": t for k, t in q.state_dict().items()}
+            tensors |= {f"momentum.{name}": self._momentum[name], f"direction.{name}": self._direction[name]}
+        if isinstance(self._rule, auxiliary.Adam):
+            tensors |= {f"adam.{k}": t for k, t in self._rule.tensors().items()}
+        return {**tensors, "noise": self._noise.counter, "skipped": self.skipped}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the step keeps: λ, bases, momentum, hyperparameters, counters, random numbers.
+
+        The model's own state is in the model's ``state_dict``. With both restored (and the global random stream, where the model
+        draws from it) training goes on bit for bit.
+
+        Returns:
+            Copies of tensors by name, and two integers; ``torch.load(..., weights_only=True)`` reads it.
+        """
+        counts = {"t": self._t, "updates": self._updates}
+        return {**{k: t.detach().clone() for k, t in self._tensors().items()}, **counts}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, onto this step's device.
+
+        Args:
+            state: From a step made with the same model and arguments.
+
+        Raises:
+            ValueError: If names or shapes differ; nothing is changed.
+        """
+        own = self._tensors()
+        _checks.same_state({**own, "t": self._t, "updates": self._updates}, state)
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        self._t, self._updates = int(state["t"]), int(state["updates"])
+        self._refresh_roots()
 
     def remove(self) -> None:
         """Take the hooks off the model, which is then as it was before ``fishlegify``."""
