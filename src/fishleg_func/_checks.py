@@ -119,8 +119,8 @@ def same_state(own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     ]
     if missing or unknown or wrong:
         raise ValueError(
-            f"the state lacks {missing}, has unknown {unknown} and wrong shapes {wrong}; it must come from a step made with "
-            "the same model and arguments"
+            f"the state lacks {missing}, has unknown {unknown} and wrong shapes {wrong}; it must come from a step made "
+            "with the same model and arguments"
         )
 
 

@@ -43,7 +43,7 @@ class Runner:
     ) -> None:
         self.model, self.plan, self.likelihood, self.output, self.device = model, plan, likelihood, output, device
         self.capture = Capture(model, dict(plan.layers), output)
-        self.unhooked: frozenset[str] = frozenset()  # layers whose hooks were seen not to tell the whole gradient
+        self.unhooked: frozenset[str] = frozenset()  # layers whose hooks do not fire, or do not tell the whole gradient
         self._verified = False  # whether the capture was compared with autograd, in an eager call
         self._values_checked = False  # whether the first targets' values were looked at
 
@@ -97,12 +97,12 @@ class Runner:
         return likelihood
 
     def _find_unhooked(self, inputs: Inputs, slots: Slots) -> frozenset[str]:
-        """Return the layers whose captured gradient is not autograd's: their weights are also used elsewhere."""
+        """Return the layers whose captured gradient is not autograd's: their weights are used outside of their call."""
         with kept_random_state(self.model):
             lin, seen = self.capture.linearize(inputs, self.params(), slots, twice=False)
         pulled = lin.pullback(Noise(0, self.device).normal(lin.outputs))
         captured = Packing(self.plan.blocks, seen).gradients(pulled)
-        wrong = set()
+        wrong = {name for name in self.plan.layers if name not in slots}
         for block in self.plan.blocks:
             if block.name in slots:
                 truth = block.pack(pulled[1])

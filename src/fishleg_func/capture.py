@@ -111,7 +111,7 @@ class Capture:
 
     def _discover(self, inputs: Inputs) -> Slots:
         record = _Record(None)
-        with self._recording(record):
+        with self._recording(record), differentiable_kernels(self.model, twice=False):
             self._forward(inputs, cloned_buffers(self.model))
         return record.slots
 
@@ -138,7 +138,7 @@ class Capture:
         def run(probes: Seen, direct: Params) -> tuple[Tensor, Any]:
             record = _Record(probes)
             buffers = cloned_buffers(self.model)
-            with self._recording(record), twice_differentiable(twice):
+            with self._recording(record), differentiable_kernels(self.model, twice=twice):
                 outputs = self._forward(inputs, {**direct, **buffers})
             return outputs, (record.seen, buffers)
 
@@ -196,12 +196,23 @@ def cloned_buffers(model: nn.Module) -> Params:
 
 
 @contextlib.contextmanager
-def twice_differentiable(active: bool) -> Iterator[None]:
-    """Choose the attention kernel that can be differentiated twice."""
-    if active:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    else:
+def differentiable_kernels(model: nn.Module, *, twice: bool) -> Iterator[None]:
+    """Choose kernels that can be differentiated: without gradients, torch takes others for attention and LSTM.
+
+    Args:
+        model: What will be run.
+        twice: Whether second derivatives are needed too.
+    """
+    with contextlib.ExitStack() as stack:
+        if twice:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if not torch.compiler.is_compiling():
+            stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+            torch.backends.mha.set_fastpath_enabled(False)
+            if any(isinstance(m, nn.LSTM) for m in model.modules()):
+                set_flags: Any = torch.backends.mkldnn.set_flags
+                enabled = set_flags(_enabled=False, _fp32_precision=None)[0]
+                stack.callback(set_flags, _enabled=enabled, _fp32_precision=None)
         yield
 
 

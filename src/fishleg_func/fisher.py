@@ -19,10 +19,10 @@ from ._types import Inputs, Linearization, Params
 from .capture import (
     call_model,
     cloned_buffers,
+    differentiable_kernels,
     find_ties,
     kept_random_state,
     pushforward_of,
-    twice_differentiable,
 )
 from .likelihoods import Likelihood, as_likelihood
 
@@ -64,7 +64,7 @@ def linearize(
 
     def run(params: Params) -> tuple[Tensor, Params]:
         buffers = cloned_buffers(model)
-        with twice_differentiable(True):
+        with differentiable_kernels(model, twice=True):
             out = call_model(model, {**params, **buffers}, inputs, ties)
         out = out if output is None else output(out)
         _checks.tensor_output(out)
@@ -219,7 +219,7 @@ def make_sampled_gradient(
     ties = find_ties(model)
 
     def outputs_at(point: Params) -> Tensor:
-        with kept_random_state(model):
+        with kept_random_state(model), differentiable_kernels(model, twice=False):
             out = call_model(model, {**point, **cloned_buffers(model)}, inputs, ties)
             out = out if output is None else output(out)
         _checks.tensor_output(out)

@@ -329,8 +329,8 @@ class FishLegStep:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the step keeps: λ, bases, momentum, hyperparameters, counters, random numbers.
 
-        The model's own state is in the model's ``state_dict``. With both restored (and the global random stream, where the model
-        draws from it) training goes on bit for bit.
+        The model's own state is in the model's ``state_dict``. With both restored (and the global random stream, where
+        the model draws from it) training goes on bit for bit.
 
         Returns:
             Copies of tensors by name, and two integers; ``torch.load(..., weights_only=True)`` reads it.

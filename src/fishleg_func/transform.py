@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import _checks
@@ -85,9 +86,10 @@ def select(
             left_alone[name] = "not included"
         elif any(_checks.matches(w, names) for w in unwanted):
             left_alone[name] = "excluded"
-        elif not p.dtype.is_floating_point:
+        elif p.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"parameter {name!r} of dtype {p.dtype} must be real and floating; exclude={name!r} leaves it alone"
+                f"parameter {name!r} of dtype {p.dtype} must be float32 or float64: convert the model with .float(), "
+                f"or leave it alone with exclude={name!r}"
             )
     chosen = {name: p for name, p in params.items() if name not in left_alone}
     if not chosen:

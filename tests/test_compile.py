@@ -1,0 +1,132 @@
+"""The compiled step: whole graphs, few of them, and the same numbers as in eager code."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch._dynamo.utils
+from torch import Tensor, nn
+
+import fishleg_func as ff
+from fishleg_func.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+
+EVERY = 10
+GRAPHS = 4  # the first step, then plain, auxiliary, and auxiliary with a refresh: step counters become symbols after one step
+
+
+class Twice(nn.Module):
+    """One layer called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.again, self.out = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.again(torch.tanh(self.again(torch.tanh(self.into(x)))))))
+
+
+def autoencoder() -> nn.Module:
+    sizes = [20, 16, 8, 3, 8, 16, 20]
+    layers: list[nn.Module] = []
+    for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        layers += [nn.Linear(a, b), nn.ReLU()] if i not in (2, 5) else [nn.Linear(a, b)]
+    return nn.Sequential(*layers)
+
+
+def cnn() -> nn.Module:
+    head = [nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, stride=2)]
+    return nn.Sequential(*head, nn.ReLU(), nn.Flatten(), nn.Linear(6, 3))
+
+
+Case = tuple[Callable[[], nn.Module], Likelihood, tuple[int, ...], Callable[[Tensor], Tensor]]
+
+CASES: dict[str, Case] = {
+    "autoencoder": (autoencoder, Bernoulli(), (12, 20), lambda x: x.sigmoid()),
+    "cnn with BatchNorm": (cnn, Categorical(), (12, 1, 8, 8), lambda x: x.flatten(1)[:, 0].gt(0).long()),
+    "layer called twice": (Twice, Gaussian(), (12, 6), lambda x: x[:, :3].sin()),
+    "batch, time, features": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 4)),
+        Categorical(),
+        (5, 7, 6),
+        lambda x: x[..., 0].gt(0).long(),
+    ),
+}
+
+
+def batches(shape: tuple[int, ...], target: Callable[[Tensor], Tensor], n: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(shape, generator=generator) for _ in range(n)]
+    return [(x, target(x)) for x in inputs]
+
+
+def largest_difference(one: nn.Module, two: nn.Module) -> float:
+    pairs = zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
+
+
+def graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def run(case: Case, backend: str, steps: int) -> tuple[float, list[int]]:
+    """Train twins, eager and compiled; return how far apart they are after 2k steps, and the graph count after each step."""
+    make, likelihood, shape, target = case
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = make()
+    twin = copy.deepcopy(model)
+    eager = ff.fishlegify(model, likelihood, update_aux_every=EVERY)
+    step = ff.fishlegify(twin, likelihood, update_aux_every=EVERY)
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    counts, difference = [], 0.0
+    for i, (x, y) in enumerate(batches(shape, target, steps)):
+        step.hyper.lr.fill_(2e-2 * (1 - i / steps))
+        loss = compiled(x, y)
+        assert loss.isfinite()
+        counts.append(graphs())
+        if i < 2 * EVERY:
+            eager.hyper.lr.fill_(2e-2 * (1 - i / steps))
+            torch.testing.assert_close(eager(x, y), loss, rtol=1e-4, atol=1e-5)
+            difference = largest_difference(model, twin)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert step.skipped == 0
+    return difference, counts
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_whole_graphs_equal_eager_and_no_recompiles(name: str) -> None:
+    difference, counts = run(CASES[name], "aot_eager", 200)
+    assert difference <= 1e-5
+    assert counts[2 * EVERY - 1 :] == [GRAPHS] * (200 - 2 * EVERY + 1)
+
+
+@pytest.mark.slow
+def test_default_backend_equals_eager() -> None:
+    difference, counts = run(CASES["layer called twice"], "inductor", 40)
+    assert difference <= 1e-5
+    assert counts[-1] == GRAPHS
+
+
+def test_the_comparison_can_fail() -> None:
+    """A twin whose update differs is seen."""
+    make, likelihood, shape, target = CASES["layer called twice"]
+    model = make()
+    twin = copy.deepcopy(model)
+    x, y = batches(shape, target, 1)[0]
+    ff.fishlegify(model, likelihood)(x, y)
+    ff.fishlegify(twin, likelihood, lr=2.1e-2)(x, y)
+    assert largest_difference(model, twin) > 1e-5
+
+
+def test_counting_sees_a_recompile() -> None:
+    """A changed dtype costs a graph, and the counter shows it."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    double = torch.compile(lambda x: 2 * x, backend="eager")
+    double(torch.ones(3))
+    before = graphs()
+    double(torch.ones(3, dtype=torch.float64))
+    assert graphs() == before + 1

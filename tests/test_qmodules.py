@@ -1,0 +1,435 @@
+"""One contract for all Q families. A new family inherits it through ``FAMILIES`` and supplies its dense definition.
+
+For the built-in families that is ``reference.dense_q``. Every check is a function of a ``Case``, so that it can also be
+given a family that breaks it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.func import functional_call
+
+from fishleg_func import LowRank, QModule, reference
+from fishleg_func.bases import whitening_root
+from fishleg_func.families import FAMILIES
+
+MAX_DIM = 3  # longer sides become block-diagonal; 4, 5 and 7 are padded
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A family at a random λ and basis: all that a check needs."""
+
+    name: str
+    q: QModule
+    source: torch.Generator
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.q.parameters()).dtype
+
+    @property
+    def lam(self) -> dict[str, Tensor]:
+        return {key: p.detach() for key, p in self.q.named_parameters()}
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=self.dtype, generator=self.source)
+
+    def probe(self, *, factored: bool = False, rows: int = 2) -> Tensor | LowRank:
+        *groups, m, n = self.q.shape
+        return (
+            LowRank(self.randn(*groups, rows, m), self.randn(*groups, rows, n))
+            if factored
+            else self.randn(*self.q.shape)
+        )
+
+
+def oracle(case: Case, lam: dict[str, Tensor] | None = None) -> Tensor:
+    """The dense definition of a family, ``[P, P]`` in float64: what a new family has to add."""
+    basis = {key: b for key, b in case.q.named_buffers() if key in reference.FAMILIES[case.name][1]}
+    return reference.dense_q(case.name, case.lam if lam is None else lam, basis, shape=case.q.shape)
+
+
+def dense(u: Tensor | LowRank) -> Tensor:
+    return u.d.mT @ u.a if isinstance(u, LowRank) else u
+
+
+def close(actual: Tensor | LowRank, expected: Tensor, case: Case) -> None:
+    actual, expected = dense(actual).double(), expected.double()
+    tolerance = 1e-9 if case.dtype == torch.float64 else 2e-4
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= tolerance * max(1.0, expected.abs().max().item())
+
+
+def invertible(shape: torch.Size, source: torch.Generator, log_condition: float) -> Tensor:
+    """Random matrices with singular values from 1 to ``10 ** -log_condition``."""
+    left, right = (torch.linalg.qr(torch.randn(shape, dtype=torch.float64, generator=source))[0] for _ in range(2))
+    values = 10 ** (-log_condition * torch.rand(shape[:-1], dtype=torch.float64, generator=source))
+    return left @ (values.unsqueeze(-1) * right)
+
+
+def decoupled(x: Tensor, dim: int) -> Tensor:
+    """``x`` with the identity at the padding of a long side: training never moves it (see the walks below)."""
+    blocks = x.shape[-3] if x.shape[-1] < dim else 1
+    kept = (torch.arange(blocks * x.shape[-1]) < dim).view(blocks, -1)
+    kept = kept[:, :, None] & kept[:, None, :]
+    return torch.where(kept if blocks > 1 else kept[0], x, torch.eye(x.shape[-1]).to(x))
+
+
+def build(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int, log_condition: float) -> Case:
+    source = torch.Generator().manual_seed(seed)
+    q = FAMILIES[name](shape, max_dim=math.prod(shape) if name == "dense" else MAX_DIM, dtype=dtype)
+    case = Case(name, q, source)
+    for k in range(2):
+        q.gather_(case.probe(factored=k == 0))
+    q.refresh_(torch.tensor(0.5, dtype=dtype))
+    for key, p in q.named_parameters():
+        if key == "s":
+            p.data.copy_(0.3 * (1 + log_condition) * case.randn(*p.shape))
+        else:
+            dim = p.shape[-1] if name == "dense" else shape[-1] if key == "L" else shape[-2]
+            p.data.copy_(decoupled(invertible(p.shape, source, log_condition), dim))
+    return case
+
+
+@st.composite
+def cases(draw: st.DrawFn, name: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)) -> Case:
+    side = st.integers(1, 5 if name != "dense" else 3)
+    shape = (draw(side), draw(side))
+    if draw(st.booleans()):
+        shape = (draw(st.integers(1, 3)), *shape)
+    return build(
+        name, shape, draw(st.sampled_from(dtypes)), draw(st.integers(0, 2**31)), draw(st.sampled_from([0.0, 0.5, 1.5]))
+    )
+
+
+# --- the contract: what holds at any λ ---
+
+
+def check_dense_definition(case: Case) -> None:
+    assert case.q.dense().dtype == case.dtype
+    close(case.q.dense(), oracle(case), case)
+
+
+def check_symmetric_positive_definite(case: Case) -> None:
+    Q = case.q.dense().double()
+    close(Q, Q.mT, case)
+    if case.dtype == torch.float64:  # float32 rounds the smallest eigenvalues away
+        assert torch.linalg.eigvalsh(Q).min() > 0
+    for u in [case.probe() for _ in range(5)]:
+        assert (u * case.q(u)).sum() > 0
+
+
+def check_forward_is_dense_times_vec(case: Case) -> None:
+    u = case.probe()
+    out = case.q(u)
+    assert (out.dtype, out.shape) == (u.dtype, u.shape)
+    close(out.reshape(-1), case.q.dense() @ u.reshape(-1), case)
+
+
+def check_linear(case: Case) -> None:
+    u, v = case.probe(), case.probe()
+    close(case.q(2 * u - 3 * v), 2 * case.q(u) - 3 * case.q(v), case)
+
+
+def check_diagonal(case: Case) -> None:
+    close(case.q.diagonal(), oracle(case).diagonal().reshape(case.q.shape), case)
+
+
+def check_whiten_and_color_are_transposes(case: Case) -> None:
+    u, z, roots = case.probe(), case.probe(), case.q.roots()
+    u_z, Bz = dense(case.q.whiten(roots, u)), dense(case.q.color(roots, z))
+    close((u_z * z).sum(), (u * Bz).sum(), case)
+
+
+def root(case: Case) -> Tensor:
+    eye = torch.eye(math.prod(case.q.shape), dtype=case.dtype).reshape(-1, *case.q.shape)
+    return torch.stack([case.q.sqrt(e).reshape(-1) for e in eye], 1)
+
+
+def check_sqrt(case: Case) -> None:
+    close(root(case) @ root(case).mT, oracle(case), case)
+
+
+def check_scale(case: Case) -> None:
+    before = oracle(case)
+    case.q.scale_(2.5)
+    close(case.q.dense(), 2.5 * before, case)
+    case.q.scale_(torch.tensor(0.4, dtype=torch.float64))
+    close(case.q.dense(), before, case)
+
+
+def check_factored_probe(case: Case) -> None:
+    u = case.probe(factored=True)
+    close(case.q(u), case.q(dense(u)), case)
+
+
+def check_functional_call(case: Case) -> None:
+    other = {key: 1.1 * x for key, x in case.lam.items()}
+    u, before = case.probe(), {key: x.clone() for key, x in case.lam.items()}
+    close(functional_call(case.q, other, (u,)).reshape(-1), oracle(case, other) @ u.double().reshape(-1), case)
+    assert all(torch.equal(before[key], x) for key, x in case.lam.items())
+
+
+def check_batches_broadcast(case: Case) -> None:
+    u = case.randn(2, 3, *case.q.shape)
+    close(case.q(u), torch.stack([torch.stack([case.q(x) for x in row]) for row in u]), case)
+
+
+def check_flops(case: Case) -> None:
+    assert isinstance(case.q.flops(), int) and case.q.flops() > 0
+
+
+CHECKS = [check for key, check in list(globals().items()) if key.startswith("check_")]
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+@every_family
+@given(data=st.data())
+def test_contract(name: str, data: st.DataObject) -> None:
+    case = data.draw(cases(name))
+    for check in CHECKS:
+        check(case)
+
+
+@every_family
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (2, 1, 1), (2, 7, 2)])
+def test_contract_at_the_edges(name: str, shape: tuple[int, ...]) -> None:
+    case = build(name, shape, torch.float64, 0, 0.5)
+    for check in CHECKS:
+        check(case)
+
+
+# --- relative gradients and the step along them ---
+
+
+def relative_by_autograd(case: Case, u: Tensor, w: Tensor) -> dict[str, Tensor]:
+    lam = {key: x.clone().requires_grad_() for key, x in case.lam.items()}
+    value = w.reshape(-1) @ oracle(case, lam) @ u.reshape(-1)
+    slopes = dict(zip(lam, torch.autograd.grad(value, list(lam.values())), strict=True))
+    product = {"L": lambda L, d: L.mT @ d, "R": lambda R, d: d @ R.mT, "s": lambda s, d: d}
+    return {key: product[key](x.detach(), slopes[key]) for key, x in lam.items()}
+
+
+def relative(case: Case, u: Tensor | LowRank, w: Tensor | LowRank) -> dict[str, Tensor]:
+    q, roots = case.q, case.q.roots()
+    return q.relative(roots, u, w, q.whiten(roots, u), q.whiten(roots, w))
+
+
+def check_relative(case: Case, factored: tuple[bool, bool] = (False, False)) -> None:
+    u, w = (case.probe(factored=f, rows=2 + k) for k, f in enumerate(factored))
+    actual, expected = relative(case, u, w), relative_by_autograd(case, dense(u), dense(w))
+    assert actual.keys() == expected.keys()
+    for key, x in expected.items():
+        close(actual[key], x, case)
+
+
+def check_retract(case: Case) -> None:
+    gradients = relative(case, case.probe(), case.probe())
+    # the reference takes plain gradients: d, where G = L^T d or d R^T
+    solve = {"L": lambda x, g: torch.linalg.solve(x.mT, g), "R": lambda x, g: torch.linalg.solve(x.mT, g, left=False)}
+    plain = {key: solve[key](case.lam[key], g) if key in solve else g for key, g in gradients.items()}
+    expected = reference.relative_update(case.name, case.lam, plain, 0.2)
+    case.q.retract_(gradients, torch.tensor(0.2, dtype=torch.float64))
+    for key, x in expected.items():
+        close(case.lam[key], x, case)
+
+
+@every_family
+@given(data=st.data(), factored=st.sampled_from([(False, False), (True, True), (True, False), (False, True)]))
+def test_relative_gradients_are_those_of_the_dense_definition(
+    name: str, data: st.DataObject, factored: tuple[bool, bool]
+) -> None:
+    check_relative(data.draw(cases(name, (torch.float64,))), factored)
+
+
+@every_family
+@given(data=st.data())
+def test_retract_is_the_relative_update(name: str, data: st.DataObject) -> None:
+    check_retract(data.draw(cases(name, (torch.float64,))))
+
+
+@every_family
+def test_nothing_changes_where_not_ok(name: str) -> None:
+    case, no = build(name, (2, 3, 2), torch.float64, 0, 0.5), torch.tensor(False)
+    before = {key: x.clone() for key, x in case.q.state_dict().items()}
+    gradients = relative(case, case.probe(), case.probe())
+    case.q.retract_({key: torch.full_like(g, math.nan) for key, g in gradients.items()}, torch.tensor(0.2), no)
+    case.q.gather_(case.probe() * math.nan, no)
+    assert all(torch.equal(before[key], x) for key, x in case.q.state_dict().items())
+    case.q.retract_(gradients, torch.tensor(0.2), ~no)
+    case.q.gather_(case.probe(), ~no)
+    assert not any(torch.equal(before[key], case.q.state_dict()[key]) for key in gradients)
+    assert not case.q.has_basis or case.q.count == before["count"] + 1
+
+
+def walk_(case: Case, adam: bool) -> None:
+    u, w = case.probe(), case.probe()
+    if not adam:
+        case.q.retract_(relative(case, u, w), torch.tensor(0.2))
+        return
+    lam = {key: x.requires_grad_() for key, x in case.lam.items()}
+    slopes = torch.autograd.grad((w * dense(functional_call(case.q, lam, (u,)))).sum(), list(lam.values()))
+    for p, slope in zip(case.q.parameters(), slopes, strict=True):
+        p.data.sub_(0.01 * slope.sign())  # what Adam's first step is
+
+
+@every_family
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (5, 4)])
+@pytest.mark.parametrize("adam", [False, True], ids=["relative", "adam"])
+def test_stays_positive_definite(name: str, shape: tuple[int, ...], adam: bool) -> None:
+    case = build(name, shape, torch.float32, 1, 0.0)
+    for _ in range(300):
+        walk_(case, adam)
+    assert all(x.isfinite().all() for x in case.lam.values())
+    for u in [case.probe() for _ in range(20)]:
+        assert (u * dense(case.q(u))).sum() > 0
+    case.q.double()  # Q = B B^T is positive definite where B is invertible, and float64 rounds B no further
+    assert torch.linalg.cond(root(case)) < 1e6
+    close(case.q.dense(), oracle(case), case)  # padding is still decoupled
+
+
+@pytest.mark.parametrize("name", ["scaled_kronecker", "eigen", "diagonal", "embedding"])
+@pytest.mark.parametrize("far", [-200.0, 200.0])
+def test_saturated_scales_stay_positive_definite(name: str, far: float) -> None:
+    case = build(name, (2, 3), torch.float32, 0, 0.0)
+    case.q.get_parameter("s").data.fill_(far)
+    assert case.q.diagonal().isfinite().all() and (case.q.diagonal() > 0).all()
+
+
+# --- the basis, against closed forms ---
+
+
+def covariance(z: Tensor | LowRank, axis: str) -> Tensor:
+    """K-FAC's factors of one batch, for one group."""
+    if isinstance(z, LowRank):
+        return z.a.mT @ z.a / len(z.a) if axis == "L" else z.d.mT @ z.d
+    return (z.mT @ z if axis == "L" else z @ z.mT) / z.norm()
+
+
+def basis_q(name: str, zs: list[Any], weights: Tensor, damping: float) -> Tensor:
+    """Q at λ = identity of one group after batches ``zs``: the inverse of what the family takes for F."""
+    dense_zs = torch.stack([dense(z) for z in zs])
+    if name == "diagonal":
+        return torch.diag(1 / (torch.einsum("t,tmn->mn", weights, dense_zs**2) + damping).reshape(-1))
+    zs = dense_zs if name == "embedding" else zs
+    cov = {axis: sum(w * covariance(z, axis) for w, z in zip(weights, zs, strict=True)) for axis in "LR"}
+    cov["R"] = torch.diag(cov["R"].diagonal()) if name == "embedding" else cov["R"]
+    eye = {axis: torch.eye(len(x), dtype=torch.float64) for axis, x in cov.items()}
+    sizes = {1: 1, 2: 2, 3: 3, 4: 1, 5: 1} if name == "eigen" else {1: 1, 2: 2, 3: 3, 4: 2, 5: 3}
+    block = {axis: torch.arange(len(x)) // sizes[len(x)] for axis, x in cov.items()}
+    cov = {axis: x * (block[axis][:, None] == block[axis]) for axis, x in cov.items()}  # long sides in blocks
+    if name == "eigen":
+        return torch.linalg.inv(torch.kron(cov["R"], cov["L"]) + damping * torch.kron(eye["R"], eye["L"]))
+    pi = math.sqrt(cov["L"].diagonal().mean() / cov["R"].diagonal().mean())
+    rho = {"L": math.sqrt(damping) * pi, "R": math.sqrt(damping) / pi}
+    K = {axis: torch.linalg.inv(cov[axis] + rho[axis] * eye[axis]) for axis in "LR"}
+    return torch.kron(K["R"], K["L"])
+
+
+@pytest.mark.parametrize("name", ["kfac", "eigen", "diagonal", "embedding"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (5, 4), (2, 3, 2), (2, 2, 5)])
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("batches", [1, 20, 25])
+def test_basis_is_that_of_the_running_mean(name: str, shape: tuple[int, ...], factored: bool, batches: int) -> None:
+    case = Case(name, FAMILIES[name](shape, max_dim=MAX_DIM, dtype=torch.float64), torch.Generator().manual_seed(3))
+    zs = [case.probe(factored=factored, rows=4) for _ in range(batches)]
+    for z in zs:
+        case.q.gather_(z)
+    close(case.q.dense(), torch.eye(math.prod(shape)), case)  # until it is refreshed
+    case.q.refresh_(torch.tensor(0.3, dtype=torch.float64))
+    weights = torch.zeros(batches, dtype=torch.float64)
+    for k in range(batches):  # a plain mean at first, exponential from batch 20 on
+        newest = max(1 / (k + 1), 0.05)
+        weights[:k] *= 1 - newest
+        weights[k] = newest
+    groups = range(shape[0]) if len(shape) == 3 else [...]
+    parts = [[LowRank(z.d[g], z.a[g]) if factored else z[g] for z in zs] for g in groups]
+    close(case.q.dense(), torch.block_diag(*(basis_q(name, part, weights, 0.3) for part in parts)), case)
+
+
+def test_whitening_root_keeps_the_basis_where_the_factorization_fails() -> None:
+    cov = torch.stack((4 * torch.eye(2), -torch.eye(2), torch.full((2, 2), math.nan)))
+    root = whitening_root(cov, torch.zeros(3), previous=7 * torch.ones(3, 2, 2))
+    assert torch.equal(root, torch.stack((0.5 * torch.eye(2), 7 * torch.ones(2, 2), 7 * torch.ones(2, 2))))
+    cov = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    root = whitening_root(cov, torch.tensor(0.5), previous=torch.zeros(2, 2))
+    torch.testing.assert_close(root @ root.mT, torch.linalg.inv(cov + 0.5 * torch.eye(2)))
+    assert torch.equal(root, root.triu())
+
+
+@pytest.mark.parametrize("name", ["kfac", "eigen", "diagonal", "embedding"])
+def test_basis_of_singular_statistics_is_finite(name: str) -> None:
+    for z in (torch.ones(3, 3), torch.zeros(3, 3)):
+        q = FAMILIES[name]((3, 3))
+        q.gather_(1e3 * z)
+        q.refresh_(torch.tensor(1e-8))
+        assert q.dense().isfinite().all()
+        assert (torch.ones(3, 3) * dense(q(torch.ones(3, 3)))).sum() > 0
+
+
+# --- construction ---
+
+
+@every_family
+@pytest.mark.parametrize("shape", [(), (3,), (0, 2), (2, 0), (2, 2, 2, 2)])
+def test_bad_shapes(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"shape=.* must be \(m, n\) or \(groups, m, n\).*pack"):
+        FAMILIES[name](shape)
+
+
+@every_family
+def test_starts_at_the_identity(name: str) -> None:
+    q = FAMILIES[name]((2, 3)).double()
+    assert torch.equal(q.dense(), torch.eye(6).double())
+    assert not any(p.requires_grad for p in q.parameters())
+    assert "(2, 3)" in repr(q)
+    with pytest.raises(ValueError, match=r"factor=-1.0 must be > 0"):
+        q.scale_(-1.0)
+
+
+def test_dense_family_refuses_long_shapes() -> None:
+    with pytest.raises(ValueError, match=r"12 x 12.*<= 11.*kfac"):
+        FAMILIES["dense"]((3, 4), max_dim=11)
+
+
+# --- a check that cannot fail is none: each is given a family that breaks it ---
+
+MUTATIONS: dict[Callable[..., None], tuple[str, Callable[..., Any]]] = {
+    check_dense_definition: ("color", lambda self, roots, z: z),
+    check_symmetric_positive_definite: ("forward", lambda self, u: -u),
+    check_forward_is_dense_times_vec: ("forward", lambda self, u: u.abs()),
+    check_linear: ("forward", lambda self, u: u.abs()),
+    check_diagonal: ("diagonal", lambda self: torch.ones(self.shape, dtype=torch.float64)),
+    check_whiten_and_color_are_transposes: ("color", lambda self, roots, z: z),
+    check_sqrt: ("sqrt", lambda self, z: z),
+    check_scale: ("scale_", lambda self, factor: None),
+    check_factored_probe: ("forward", lambda self, u: u.d.mT @ u.a if isinstance(u, LowRank) else 2 * u),
+    check_functional_call: ("forward", lambda self, u: u),
+    check_batches_broadcast: ("forward", lambda self, u: u - u.mean(0)),
+    check_flops: ("flops", lambda self: 0),
+    check_relative: ("relative", lambda self, *given: dict(self.named_parameters())),
+    check_retract: ("retract_", lambda self, gradients, rate: None),
+}
+
+
+@every_family
+@pytest.mark.parametrize("check", MUTATIONS, ids=lambda check: check.__name__)
+def test_each_check_fails_on_a_broken_family(name: str, check: Callable[[Case], None]) -> None:
+    method, replacement = MUTATIONS[check]
+    case = build(name, (3, 2), torch.float64, 0, 0.5)
+    check(case)
+    case.q.__class__ = type("Broken", (type(case.q),), {method: replacement})
+    with pytest.raises(AssertionError):
+        check(case)
+
+
+def test_every_check_has_a_mutation() -> None:
+    assert set(MUTATIONS) == {*CHECKS, check_relative, check_retract}
