@@ -42,8 +42,9 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 def filled(model: nn.Module, size: float = 0.5) -> nn.Module:
     """Give a model float64 parameters that depend neither on torch's defaults nor on the global stream."""
-    for i, p in enumerate(model.double().parameters()):
-        p.data.copy_(size * randn(*p.shape, seed=i) + (p.ndim == 1) * p.data)
+    norms = {f"{name}.weight" for name, m in model.named_modules() if "Norm" in type(m).__name__}
+    for i, (name, p) in enumerate(model.double().named_parameters()):
+        p.data.copy_(size * randn(*p.shape, seed=i) + (name in norms))
     return model
 
 

@@ -291,7 +291,7 @@ def test_the_relative_rule_is_invariant_to_the_scale_of_the_loss(family: str) ->
         step = ff.fishlegify(model, ff.likelihoods.Gaussian(c**-0.5), q={"*": family}, damping=0.05 * c, aux_lr=0.3)
         randomize_(step)
         for q in step.q.values():
-            q.scale_(1 / c)
+            q.scale_(torch.tensor(1 / c, dtype=torch.float64))
         step._refresh_roots()
         values = []
         for _ in range(3):

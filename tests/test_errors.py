@@ -98,7 +98,7 @@ def integer_parameter() -> nn.Module:
 MODELS: list[tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = [
     (nn.Tanh, ValueError, ("Tanh", "no parameters", "pass the module")),
     (frozen, ValueError, ("no parameter is left", "at least one", "frozen")),
-    (complex_parameter, ValueError, ("'weight'", "torch.complex64", "real", "exclude='weight'")),
+    (complex_parameter, ValueError, ("'weight'", "torch.complex64", "must be", "exclude='weight'")),
 ]
 
 
@@ -281,19 +281,32 @@ def assert_twins_agree(steps: list[ff.FishLegStep], n: int = 3) -> None:
 def test_an_exception_in_the_model_leaves_everything_as_it_was(name: str, taken: int) -> None:
     failures = 0
     for fuse in range(1, 9):  # the forward passes of one step, the last ones never reached
+        model = Fragile()
+        step = ff.fishlegify(model, Categorical(), **FAILING[name])
+        for _ in range(taken):
+            step(X, LABELS)
+        before = snapshot(model, step)
+        model.fuse = fuse
+        try:
+            step(X, LABELS)
+        except ArithmeticError:
+            failures += 1
+            assert changed(before, snapshot(model, step)) == [], f"forward pass {fuse}"
+    assert 0 < failures < 8
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_the_step_after_an_exception_is_that_of_a_twin_that_never_failed(name: str) -> None:
+    for fuse in range(1, 4):
         models = [Fragile(), Fragile()]
         steps = [ff.fishlegify(model, Categorical(), **FAILING[name]) for model in models]
-        assert_twins_agree(steps, taken)
-        before = snapshot(models[0], steps[0])
+        assert_twins_agree(steps, fuse)
         models[0].fuse = fuse
         try:
             steps[0](X, LABELS)
         except ArithmeticError:
-            failures += 1
             models[0].fuse = math.inf
-            assert changed(before, snapshot(models[0], steps[0])) == []
             assert_twins_agree(steps)
-    assert failures >= (1 if taken else 2)
 
 
 @pytest.mark.parametrize("call", ["update_aux", "natural_gradient", "accuracy"])

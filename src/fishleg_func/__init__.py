@@ -1,6 +1,6 @@
 """FishLeg as a model transform: natural-gradient training with a learned inverse Fisher."""
 
-from . import bases, kronecker, likelihoods, qmodules, reference
+from . import families, likelihoods, reference
 from ._types import Accuracy, Hyper, LowRank
 from .diagnostics import Report
 from .entry import fishlegify
@@ -19,12 +19,10 @@ __all__ = [
     "LowRank",
     "QModule",
     "Report",
-    "bases",
+    "families",
     "fisher_vector_product",
     "fishlegify",
-    "kronecker",
     "likelihoods",
-    "qmodules",
     "reference",
     "register_layer",
 ]

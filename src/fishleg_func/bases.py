@@ -155,7 +155,7 @@ class KFAC(Kronecker):
 
     .. math:: Q u = K_R U K_L, \qquad K_L = C_L L L^\top C_L^\top, \qquad K_R = C_R R^\top R C_R^\top
 
-    Parameters: ``L``, ``R`` as in :class:`~fishleg_func.kronecker.Kronecker`. Basis: ``C_L``, ``C_R``, inverse Cholesky
+    Parameters: ``L``, ``R`` as in :class:`~fishleg_func.families.Kronecker`. Basis: ``C_L``, ``C_R``, inverse Cholesky
     factors of the damped statistics ``cov_L`` :math:`= E[aa^\top]` and ``cov_R`` :math:`= E[\delta\delta^\top]`;
     the identity before the first refresh. With λ at the identity this is K-FAC; the auxiliary loss learns
     what K-FAC gets wrong.

@@ -203,16 +203,27 @@ def differentiable_kernels(model: nn.Module, *, twice: bool) -> Iterator[None]:
         model: What will be run.
         twice: Whether second derivatives are needed too.
     """
+    if twice:
+        with sdpa_kernel(SDPBackend.MATH), _without_fast_paths(model):
+            yield
+    else:
+        with _without_fast_paths(model):
+            yield
+
+
+@contextlib.contextmanager
+def _without_fast_paths(model: nn.Module) -> Iterator[None]:
+    """Switch off the fast paths of attention and LSTM: global flags, which compiled code leaves as they are."""
+    if torch.compiler.is_compiling():
+        yield
+        return
     with contextlib.ExitStack() as stack:
-        if twice:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if not torch.compiler.is_compiling():
-            stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-            torch.backends.mha.set_fastpath_enabled(False)
-            if any(isinstance(m, nn.LSTM) for m in model.modules()):
-                set_flags: Any = torch.backends.mkldnn.set_flags
-                enabled = set_flags(_enabled=False, _fp32_precision=None)[0]
-                stack.callback(set_flags, _enabled=enabled, _fp32_precision=None)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        if any(isinstance(m, nn.LSTM) for m in model.modules()):
+            set_flags: Any = torch.backends.mkldnn.set_flags
+            enabled = set_flags(_enabled=False, _fp32_precision=None)[0]
+            stack.callback(set_flags, _enabled=enabled, _fp32_precision=None)
         yield
 
 

@@ -8,6 +8,8 @@ from .bases import KFAC, Diagonal, Eigen, Embedding
 from .kronecker import Kronecker, ScaledKronecker
 from .qmodules import Dense, QModule
 
+__all__ = ["FAMILIES", "KFAC", "Dense", "Diagonal", "Eigen", "Embedding", "Kronecker", "ScaledKronecker"]
+
 FAMILIES: dict[str, Callable[..., QModule]] = {
     "kfac": KFAC,
     "kronecker": Kronecker,
