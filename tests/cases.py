@@ -211,7 +211,10 @@ def snapshot(model: nn.Module, step: FishLegStep | None = None) -> dict[str, Any
         "grads": {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None},
         "random": torch.get_rng_state(),
         "kinds": {(k, n): (type(p), id(p)) for k, m in modules.items() for n, p in m._parameters.items()},
-        "hooks": {k: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for k, m in modules.items()},
+        "hooks": {
+            k: tuple(len(hooks) for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks))
+            for k, m in modules.items()
+        },
         "training": {k: m.training for k, m in modules.items()},
         "requires_grad": {k: p.requires_grad for k, p in model.named_parameters()},
     }  # fmt: skip

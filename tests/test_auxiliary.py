@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
@@ -210,8 +209,6 @@ def test_update_aux_without_targets_takes_the_gradient_of_the_last_step() -> Non
     old, g = lam_of(step), torch.autograd.grad(LIKELIHOODS["gaussian"].nll(twin(x), y), list(twin.parameters()))
     value = step.update_aux(other)
     u = torch.cat([t.reshape(-1) for t in g])
-    q = dense_q(step)  # at the new λ
-    assert not torch.allclose(u @ q @ u, u @ u) and math.isfinite(value.item())
     out = reference.training_step(
         step.model, other, torch.zeros(5, 3).double(), "gaussian", blocks_of(step, old), sigma=SIGMA, learn=True,
         momentum=u, lr=0.0, beta=0.0, weight_decay=0.0, step_norm=None, damping=0.05, aux_lr=0.3, probe=u,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_transform import LABELS, changed, randn
+from test_transform import LABELS, changed, randn, snapshot
 from torch import Tensor, nn
 
 import fishleg_func as ff
@@ -355,3 +355,33 @@ def test_modes_and_batch_sizes_may_change_between_calls() -> None:
             assert_same(step.natural_gradient(x[:n], LABELS[:n]), truth)
             step(x[:n], LABELS[:n])
             assert model.training == training
+
+
+class Loop(nn.Module):
+    """A layer that is called ``n`` times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head, self.n = nn.Linear(4, 4), nn.Linear(4, 3), 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.n):
+            x = self.cell(x).tanh()
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def test_the_number_of_calls_of_a_layer_may_fall_and_a_rise_is_right_or_an_error() -> None:
+    torch.manual_seed(0)
+    model, x = Loop(), randn(12, 4)
+    step = ff.fishlegify(model)
+    for n in (2, 1, 2):
+        model.n = n
+        assert_same(step.natural_gradient(x, LABELS), gradient(model, x))
+    model.n = 3
+    before = snapshot(model, step)
+    try:
+        assert_same(step.natural_gradient(x, LABELS), gradient(model, x))
+    except RuntimeError as error:
+        assert "'cell'" in str(error) and "exclude='cell'" in str(error)
+    assert changed(before, snapshot(model, step)) == []

@@ -71,6 +71,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"exclude": "wrong"}, ValueError, ("exclude", "'wrong'", "'0.weight'")),
     ({"exclude": "*"}, ValueError, ("no parameter is left", "at least one", "excluded")),
     ({"likelihood": object()}, TypeError, ("likelihood=", "nll", "sample", "Categorical()")),
+    ({"likelihood": nn.Module()}, TypeError, ("likelihood=", "nll", "sample", "Categorical()")),
     ({"likelihood": Categorical}, TypeError, ("likelihood=", "instance", "Categorical()")),
 ]
 

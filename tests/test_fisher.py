@@ -1,4 +1,4 @@
-"""Fisher-vector products against the dense oracle: exact where exact, in expectation elsewhere, and free of side effects."""
+"""Fisher-vector products against the dense oracle: exactly, or in expectation; and free of side effects."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_mask_counts() -> None:
 
 
 def test_a_subset_of_parameters_holds_the_rest_constant() -> None:
-    model, x, y, F = problem("cnn", "gaussian")
+    model, x, _, F = problem("cnn", "gaussian")
     v = unflat(model, randn(len(F), seed=50))
     some = {k: v[k] for k in ("1.bias", "3.weight")}
     whole = flat(model, {k: v[k] if k in some else torch.zeros_like(v[k]) for k in v})

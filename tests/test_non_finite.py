@@ -17,7 +17,7 @@ X, Y = randn(12, 4).double(), randn(12, 3, seed=1).double()
 
 
 class Rooted(nn.Module):
-    """Batch norm, dropout where wanted, and a square root whose derivative is infinite at zero."""
+    """Batch norm, dropout, and a square root whose derivative is infinite at zero."""
 
     def __init__(self, dropout: float = 0.2) -> None:
         super().__init__()
@@ -29,6 +29,20 @@ class Rooted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.drop(self.norm(self.a(x)))
         logits: Tensor = self.b(h) + (self.gain.square() * x[:, :1].abs()).sqrt()
+        return logits
+
+
+class Small(nn.Module):
+    """The same with fewer parameters and nothing random, for compiled steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.fc, self.gain = nn.BatchNorm1d(4, affine=False), nn.Linear(4, 3), nn.Parameter(torch.ones(()))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.norm(x)) + (self.gain.square() * x[:, :1].abs()).sqrt() * LABELS[:3].double()
         return logits
 
 
@@ -122,19 +136,17 @@ def test_a_first_batch_that_is_refused_does_not_blind_the_check_of_the_hooks() -
     torch.testing.assert_close(g["fc.weight"], truth)
 
 
-@pytest.mark.parametrize("name", ["nan input", "gradient only"])
-def test_a_compiled_step_skips_what_is_not_finite(name: str) -> None:
-    bad, labels = BAD[name][0]()
+def test_a_compiled_step_skips_what_is_not_finite() -> None:
     torch._dynamo.reset()
-    model, twin = Rooted(dropout=0.0), Rooted(dropout=0.0)
+    model, twin = Small(), Small()
     step, good = (ff.fishlegify(m, Categorical(), update_aux_every=3) for m in (model, twin))
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for i in range(1, 9):
-        if i in (1, 2, 5):  # the first, an early and a later step, auxiliary updates among them
-            before = snapshot(model, step)
-            skipped = int(step.skipped)
+        for name in ("nan input", "gradient only") if i in (1, 2, 5) else ():
+            bad, labels = BAD[name][0]()
+            before, skipped = snapshot(model, step), int(step.skipped)
             loss = compiled(bad, labels)
-            assert int(step.skipped) == skipped + 1
+            assert int(step.skipped) == skipped + 1, "one more for each step that is skipped"
             assert loss.isfinite() == (name == "gradient only")
             assert changed(before, snapshot(model, step)) == []
             before = snapshot(twin, good)
@@ -144,7 +156,7 @@ def test_a_compiled_step_skips_what_is_not_finite(name: str) -> None:
         skipped = int(step.skipped)
         loss = compiled(X, LABELS)
         assert loss.isfinite() and int(step.skipped) == skipped
-        assert loss < 3 and all(p.isfinite().all() for p in model.parameters())
+        assert all(p.isfinite().all() for p in model.parameters())
     losses = [float(compiled(X, LABELS)) for _ in range(3)]
     assert losses[-1] < losses[0]
 
@@ -152,7 +164,7 @@ def test_a_compiled_step_skips_what_is_not_finite(name: str) -> None:
 def test_a_step_after_a_skipped_one_is_that_of_a_twin_without_the_bad_batch() -> None:
     # nothing here draws random numbers or counts steps: no basis, and no update of λ
     torch._dynamo.reset()
-    model, twin = Rooted(dropout=0.0), Rooted(dropout=0.0)
+    model, twin = Small(), Small()
     options: dict[str, Any] = {"q": {"*": "kronecker"}, "update_aux_every": 0}
     step, good = (ff.fishlegify(m, Categorical(), **options) for m in (model, twin))
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -206,7 +218,7 @@ def test_a_fisher_product_that_is_not_finite_leaves_lambda_and_the_step_goes_on(
 
 def test_a_compiled_fisher_product_that_is_not_finite_leaves_lambda() -> None:
     torch._dynamo.reset()
-    model = Rooted(dropout=0.0)
+    model = Small()
     step = ff.fishlegify(model, Broken())
     before, lam = snapshot(model), lambdas(step)
     loss = torch.compile(step, fullgraph=True, backend="aot_eager")(X, LABELS)

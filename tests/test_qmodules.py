@@ -1,8 +1,4 @@
-"""One contract for all Q families. A new family inherits it through ``FAMILIES`` and supplies its dense definition.
-
-For the built-in families that is ``reference.dense_q``. Every check is a function of a ``Case``, so that it can also be
-given a family that breaks it.
-"""
+"""One contract for all Q families: a new one inherits it through ``FAMILIES`` and adds its dense definition."""
 
 import dataclasses
 import math
@@ -20,7 +16,7 @@ from fishleg_func import LowRank, QModule, reference
 from fishleg_func.bases import whitening_root
 from fishleg_func.families import FAMILIES
 
-MAX_DIM = 3  # longer sides become block-diagonal; 4, 5 and 7 are padded
+MAX_DIM = 3  # longer sides become block-diagonal, and 5 and 7 are padded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +40,9 @@ class Case:
 
     def probe(self, *, factored: bool = False, rows: int = 2) -> Tensor | LowRank:
         *groups, m, n = self.q.shape
-        return (
-            LowRank(self.randn(*groups, rows, m), self.randn(*groups, rows, n))
-            if factored
-            else self.randn(*self.q.shape)
-        )
+        if factored:
+            return LowRank(self.randn(*groups, rows, m), self.randn(*groups, rows, n))
+        return self.randn(*self.q.shape)
 
 
 def oracle(case: Case, lam: dict[str, Tensor] | None = None) -> Tensor:
@@ -77,10 +71,9 @@ def invertible(shape: torch.Size, source: torch.Generator, log_condition: float)
 
 def decoupled(x: Tensor, dim: int) -> Tensor:
     """``x`` with the identity at the padding of a long side: training never moves it (see the walks below)."""
-    blocks = x.shape[-3] if x.shape[-1] < dim else 1
-    kept = (torch.arange(blocks * x.shape[-1]) < dim).view(blocks, -1)
-    kept = kept[:, :, None] & kept[:, None, :]
-    return torch.where(kept if blocks > 1 else kept[0], x, torch.eye(x.shape[-1]).to(x))
+    size = x.shape[-1]
+    kept = (torch.arange(x.shape[-3] * size) < dim).view(-1, size) if size < dim else torch.arange(size) < dim
+    return torch.where(kept.unsqueeze(-1) & kept.unsqueeze(-2), x, torch.eye(size).to(x))
 
 
 def build(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int, log_condition: float) -> Case:
@@ -105,9 +98,8 @@ def cases(draw: st.DrawFn, name: str, dtypes: tuple[torch.dtype, ...] = (torch.f
     shape = (draw(side), draw(side))
     if draw(st.booleans()):
         shape = (draw(st.integers(1, 3)), *shape)
-    return build(
-        name, shape, draw(st.sampled_from(dtypes)), draw(st.integers(0, 2**31)), draw(st.sampled_from([0.0, 0.5, 1.5]))
-    )
+    dtype, seed = draw(st.sampled_from(dtypes)), draw(st.integers(0, 2**31))
+    return build(name, shape, dtype, seed, log_condition=draw(st.sampled_from([0.0, 0.5, 1.5])))
 
 
 # --- the contract: what holds at any λ ---
@@ -127,16 +119,12 @@ def check_symmetric_positive_definite(case: Case) -> None:
         assert (u * case.q(u)).sum() > 0
 
 
-def check_forward_is_dense_times_vec(case: Case) -> None:
-    u = case.probe()
-    out = case.q(u)
-    assert (out.dtype, out.shape) == (u.dtype, u.shape)
-    close(out.reshape(-1), case.q.dense() @ u.reshape(-1), case)
-
-
 def check_linear(case: Case) -> None:
     u, v = case.probe(), case.probe()
     close(case.q(2 * u - 3 * v), 2 * case.q(u) - 3 * case.q(v), case)
+    out = case.q(u)
+    assert (out.dtype, out.shape) == (u.dtype, u.shape)
+    close(out.reshape(-1), case.q.dense() @ u.reshape(-1), case)
 
 
 def check_diagonal(case: Case) -> None:
@@ -181,10 +169,6 @@ def check_functional_call(case: Case) -> None:
 def check_batches_broadcast(case: Case) -> None:
     u = case.randn(2, 3, *case.q.shape)
     close(case.q(u), torch.stack([torch.stack([case.q(x) for x in row]) for row in u]), case)
-
-
-def check_flops(case: Case) -> None:
-    assert isinstance(case.q.flops(), int) and case.q.flops() > 0
 
 
 CHECKS = [check for key, check in list(globals().items()) if key.startswith("check_")]
@@ -244,16 +228,12 @@ def check_retract(case: Case) -> None:
 
 @every_family
 @given(data=st.data(), factored=st.sampled_from([(False, False), (True, True), (True, False), (False, True)]))
-def test_relative_gradients_are_those_of_the_dense_definition(
+def test_relative_gradients_and_the_step_along_them(
     name: str, data: st.DataObject, factored: tuple[bool, bool]
 ) -> None:
-    check_relative(data.draw(cases(name, (torch.float64,))), factored)
-
-
-@every_family
-@given(data=st.data())
-def test_retract_is_the_relative_update(name: str, data: st.DataObject) -> None:
-    check_retract(data.draw(cases(name, (torch.float64,))))
+    case = data.draw(cases(name, (torch.float64,)))
+    check_relative(case, factored)
+    check_retract(case)
 
 
 @every_family
@@ -273,8 +253,7 @@ def test_nothing_changes_where_not_ok(name: str) -> None:
 def walk_(case: Case, adam: bool) -> None:
     u, w = case.probe(), case.probe()
     if not adam:
-        case.q.retract_(relative(case, u, w), torch.tensor(0.2))
-        return
+        return case.q.retract_(relative(case, u, w), torch.tensor(0.2))
     lam = {key: x.requires_grad_() for key, x in case.lam.items()}
     slopes = torch.autograd.grad((w * dense(functional_call(case.q, lam, (u,)))).sum(), list(lam.values()))
     for p, slope in zip(case.q.parameters(), slopes, strict=True):
@@ -288,12 +267,11 @@ def test_stays_positive_definite(name: str, shape: tuple[int, ...], adam: bool) 
     case = build(name, shape, torch.float32, 1, 0.0)
     for _ in range(300):
         walk_(case, adam)
-    assert all(x.isfinite().all() for x in case.lam.values())
     for u in [case.probe() for _ in range(20)]:
         assert (u * dense(case.q(u))).sum() > 0
     case.q.double()  # Q = B B^T is positive definite where B is invertible, and float64 rounds B no further
     assert torch.linalg.cond(root(case)) < 1e6
-    close(case.q.dense(), oracle(case), case)  # padding is still decoupled
+    close(root(case) @ root(case).mT, oracle(case), case)  # padding is still decoupled
 
 
 @pytest.mark.parametrize("name", ["scaled_kronecker", "eigen", "diagonal", "embedding"])
@@ -322,7 +300,7 @@ def basis_q(name: str, zs: list[Any], weights: Tensor, damping: float) -> Tensor
     zs = dense_zs if name == "embedding" else zs
     cov = {axis: sum(w * covariance(z, axis) for w, z in zip(weights, zs, strict=True)) for axis in "LR"}
     cov["R"] = torch.diag(cov["R"].diagonal()) if name == "embedding" else cov["R"]
-    eye = {axis: torch.eye(len(x), dtype=torch.float64) for axis, x in cov.items()}
+    eye = {axis: torch.eye(len(x)).double() for axis, x in cov.items()}
     sizes = {1: 1, 2: 2, 3: 3, 4: 1, 5: 1} if name == "eigen" else {1: 1, 2: 2, 3: 3, 4: 2, 5: 3}
     block = {axis: torch.arange(len(x)) // sizes[len(x)] for axis, x in cov.items()}
     cov = {axis: x * (block[axis][:, None] == block[axis]) for axis, x in cov.items()}  # long sides in blocks
@@ -345,11 +323,10 @@ def test_basis_is_that_of_the_running_mean(name: str, shape: tuple[int, ...], fa
         case.q.gather_(z)
     close(case.q.dense(), torch.eye(math.prod(shape)), case)  # until it is refreshed
     case.q.refresh_(torch.tensor(0.3, dtype=torch.float64))
-    weights = torch.zeros(batches, dtype=torch.float64)
-    for k in range(batches):  # a plain mean at first, exponential from batch 20 on
-        newest = max(1 / (k + 1), 0.05)
-        weights[:k] *= 1 - newest
-        weights[k] = newest
+    weights = torch.ones(1, dtype=torch.float64)
+    for k in range(2, batches + 1):  # a plain mean at first, exponential from batch 20 on
+        newest = torch.full((1,), max(1 / k, 0.05), dtype=torch.float64)
+        weights = torch.cat((weights * (1 - newest), newest))
     groups = range(shape[0]) if len(shape) == 3 else [...]
     parts = [[LowRank(z.d[g], z.a[g]) if factored else z[g] for z in zs] for g in groups]
     close(case.q.dense(), torch.block_diag(*(basis_q(name, part, weights, 0.3) for part in parts)), case)
@@ -375,14 +352,13 @@ def test_basis_of_singular_statistics_is_finite(name: str) -> None:
         assert (torch.ones(3, 3) * dense(q(torch.ones(3, 3)))).sum() > 0
 
 
-# --- construction ---
-
-
 @every_family
 @pytest.mark.parametrize("shape", [(), (3,), (0, 2), (2, 0), (2, 2, 2, 2)])
 def test_bad_shapes(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"shape=.* must be \(m, n\) or \(groups, m, n\).*pack"):
         FAMILIES[name](shape)
+    with pytest.raises(ValueError, match=r"12 x 12.*<= 11.*kfac"):
+        FAMILIES["dense"]((3, 4), max_dim=11)
 
 
 @every_family
@@ -390,14 +366,9 @@ def test_starts_at_the_identity(name: str) -> None:
     q = FAMILIES[name]((2, 3)).double()
     assert torch.equal(q.dense(), torch.eye(6).double())
     assert not any(p.requires_grad for p in q.parameters())
-    assert "(2, 3)" in repr(q)
+    assert "(2, 3)" in repr(q) and isinstance(q.flops(), int) and q.flops() > 0
     with pytest.raises(ValueError, match=r"factor=-1.0 must be > 0"):
         q.scale_(-1.0)
-
-
-def test_dense_family_refuses_long_shapes() -> None:
-    with pytest.raises(ValueError, match=r"12 x 12.*<= 11.*kfac"):
-        FAMILIES["dense"]((3, 4), max_dim=11)
 
 
 # --- a check that cannot fail is none: each is given a family that breaks it ---
@@ -405,7 +376,6 @@ def test_dense_family_refuses_long_shapes() -> None:
 MUTATIONS: dict[Callable[..., None], tuple[str, Callable[..., Any]]] = {
     check_dense_definition: ("color", lambda self, roots, z: z),
     check_symmetric_positive_definite: ("forward", lambda self, u: -u),
-    check_forward_is_dense_times_vec: ("forward", lambda self, u: u.abs()),
     check_linear: ("forward", lambda self, u: u.abs()),
     check_diagonal: ("diagonal", lambda self: torch.ones(self.shape, dtype=torch.float64)),
     check_whiten_and_color_are_transposes: ("color", lambda self, roots, z: z),
@@ -414,14 +384,13 @@ MUTATIONS: dict[Callable[..., None], tuple[str, Callable[..., Any]]] = {
     check_factored_probe: ("forward", lambda self, u: u.d.mT @ u.a if isinstance(u, LowRank) else 2 * u),
     check_functional_call: ("forward", lambda self, u: u),
     check_batches_broadcast: ("forward", lambda self, u: u - u.mean(0)),
-    check_flops: ("flops", lambda self: 0),
     check_relative: ("relative", lambda self, *given: dict(self.named_parameters())),
     check_retract: ("retract_", lambda self, gradients, rate: None),
 }
 
 
 @every_family
-@pytest.mark.parametrize("check", MUTATIONS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", [*CHECKS, check_relative, check_retract], ids=lambda check: check.__name__)
 def test_each_check_fails_on_a_broken_family(name: str, check: Callable[[Case], None]) -> None:
     method, replacement = MUTATIONS[check]
     case = build(name, (3, 2), torch.float64, 0, 0.5)
@@ -429,7 +398,3 @@ def test_each_check_fails_on_a_broken_family(name: str, check: Callable[[Case], 
     case.q.__class__ = type("Broken", (type(case.q),), {method: replacement})
     with pytest.raises(AssertionError):
         check(case)
-
-
-def test_every_check_has_a_mutation() -> None:
-    assert set(MUTATIONS) == {*CHECKS, check_relative, check_retract}

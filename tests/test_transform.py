@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fishleg_func as ff
+from fishleg_func.likelihoods import Categorical
 
 LABELS = torch.arange(12) % 3
 
@@ -321,3 +322,24 @@ def test_calls_that_only_look_change_nothing(name: str, fisher: str) -> None:
         assert moved and all(k.startswith("q.") for k in moved)
         step(x, LABELS)
         assert not [k for k in changed(before, snapshot(model, step)) if k.startswith("grad.")]
+
+
+class Own(Categorical):
+    """Only what must be defined is: the Fisher is estimated from samples."""
+
+    score, fisher, weight = ff.likelihoods.Likelihood.score, ff.likelihoods.Likelihood.fisher, Categorical.weight
+
+
+@pytest.mark.parametrize("options", [{}, {"fisher": "sampled"}, {"fisher": "antithetic"}, {"u": "gaussian"}])
+@pytest.mark.parametrize("likelihood", [Categorical(), Own()], ids=["built in", "own"])
+def test_equal_generators_give_equal_steps(options: dict[str, Any], likelihood: Any) -> None:
+    q = []
+    for seed in (1, 1, 2):
+        model, x = make("mlp")
+        step = ff.fishlegify(model, likelihood, generator=torch.Generator().manual_seed(seed), **options)
+        for _ in range(2):
+            step(x, LABELS)
+        step.update_aux(x, LABELS)
+        q.append({f"{k}.{n}": t for k, m in step.q.items() for n, t in m.state_dict().items()})
+    assert changed(q[0], q[1]) == []
+    assert changed(q[0], q[2])

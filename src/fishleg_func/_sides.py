@@ -13,8 +13,7 @@ class Side(NamedTuple):
     """A matrix acting on an axis of length ``dim``, kept as ``blocks`` diagonal blocks of ``size``.
 
     Where the blocks do not divide the axis, it is padded; the padded coordinates are dropped again, so that the matrix
-    acting
-    on the axis is a principal submatrix of the stored one, and positive definite with it.
+    acting on the axis is a principal submatrix of the stored one, and positive definite with it.
     """
 
     dim: int

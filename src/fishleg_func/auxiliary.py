@@ -3,9 +3,8 @@ r"""The auxiliary update: one step of λ on the Legendre-dual loss.
 .. math:: A(\lambda) = \tfrac12 v^\top (F + \gamma I) v - u^\top v, \qquad v = Q(\lambda) u
 
 Its gradient in v is :math:`w = (F + \gamma I)v - u`, so its gradient in λ is that of
-:math:`\langle w, Q(\lambda) u \rangle` with w held
-constant. Two rules move λ: ``relative`` (multiplicative, from the gradients in whitened coordinates) and ``adam`` (the
-paper's).
+:math:`\langle w, Q(\lambda) u \rangle` with w held constant. Two rules move λ: ``relative`` (multiplicative, from the
+gradients in whitened coordinates) and ``adam`` (the paper's).
 """
 
 from __future__ import annotations
@@ -145,7 +144,8 @@ class Adam:
         ok = moved if ok is None else ok & moved
         assign_(self.count, self.count + 1, ok)
         beta_1, beta_2 = self.betas
-        correction_1, correction_2 = 1 - beta_1**self.count, 1 - beta_2**self.count
+        count = self.count.double()
+        correction_1, correction_2 = 1 - beta_1**count, 1 - beta_2**count
         for key, module in q.items():
             for name, g in gradient(module, p.u[key], p.w[key]).items():
                 lam, first, second = getattr(module, name), self.first[key][name], self.second[key][name]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._sides import Side
-from ._trees import dense
+from ._trees import assign_, dense
 from ._types import LowRank, Packed
 from .kronecker import Kronecker
 from .qmodules import QModule, Roots, exp_root
@@ -20,10 +20,8 @@ def kronecker_statistics(z: Packed, left: Side, right: Side) -> dict[str, Tensor
     r"""Return ``cov_L`` and ``cov_R`` with :math:`F \approx cov_R \otimes cov_L`, from one random gradient z.
 
     With rows (z = dᵀa) these are K-FAC's :math:`E[aa^\top]` over rows and :math:`\sum_\text{rows} dd^\top`. A dense z
-    gives
-    :math:`Z^\top Z / t` and :math:`ZZ^\top / t`, :math:`t = \|Z\|_F`: exact in expectation, up to the scale t, where F
-    is a
-    Kronecker product.
+    gives :math:`Z^\top Z / t` and :math:`ZZ^\top / t`, :math:`t = \|Z\|_F`: exact in expectation, up to the scale t,
+    where F is a Kronecker product.
 
     Args:
         z: A draw with :math:`E[zz^\top] = F`.
@@ -98,8 +96,7 @@ class Diagonal(QModule):
     r"""Elementwise operator, for norms and whatever has no layer type: :math:`Q = \mathrm{diag}((c\,e^s)^2)`.
 
     Parameter: ``s`` of the packed shape, starting at zero. Basis: ``c`` :math:`= (\mathrm{diag} F + \gamma)^{-1/2}`
-        from squared
-    random gradients, one before the first refresh.
+    from squared random gradients, one before the first refresh.
 
     Args:
         shape: ``(m, n)`` or ``(groups, m, n)``.
@@ -146,8 +143,8 @@ class Diagonal(QModule):
     def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
         self._average_({"second": dense(z).square()}, ok)
 
-    def refresh_(self, damping: Tensor) -> None:
-        self.c.copy_((self.second + damping).rsqrt())
+    def refresh_(self, damping: Tensor, ok: Tensor | None = None) -> None:
+        assign_(self.c, (self.second + damping).rsqrt(), ok)
 
 
 class KFAC(Kronecker):
@@ -195,10 +192,10 @@ class KFAC(Kronecker):
     def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
         self._average_(kronecker_statistics(z, self.left, self.right), ok)
 
-    def refresh_(self, damping: Tensor) -> None:
+    def refresh_(self, damping: Tensor, ok: Tensor | None = None) -> None:
         rho_l, rho_r = factored_damping(self.cov_L, self.cov_R, self.m, self.n, len(self.groups), damping)
-        self.C_L.copy_(whitening_root(self.cov_L, rho_l, self.C_L))
-        self.C_R.copy_(whitening_root(self.cov_R, rho_r, self.C_R))
+        assign_(self.C_L, whitening_root(self.cov_L, rho_l, self.C_L), ok)
+        assign_(self.C_R, whitening_root(self.cov_R, rho_r, self.C_R), ok)
 
 
 class Eigen(QModule):
@@ -270,13 +267,13 @@ class Eigen(QModule):
     def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
         self._average_(kronecker_statistics(z, self.left, self.right), ok)
 
-    def refresh_(self, damping: Tensor) -> None:
+    def refresh_(self, damping: Tensor, ok: Tensor | None = None) -> None:
         mu_l, vectors_l = torch.linalg.eigh(self.cov_L)
         mu_r, vectors_r = torch.linalg.eigh(self.cov_R)
-        self.C_L.copy_(vectors_l)
-        self.C_R.copy_(vectors_r)
+        assign_(self.C_L, vectors_l, ok)
+        assign_(self.C_R, vectors_r, ok)
         mu = self.right.diagonal(mu_r).unsqueeze(-1) * self.left.diagonal(mu_l).unsqueeze(-2)
-        self.c.copy_((mu.clamp(min=0) + damping).rsqrt())
+        assign_(self.c, (mu.clamp(min=0) + damping).rsqrt(), ok)
 
 
 class Embedding(QModule):
@@ -286,8 +283,7 @@ class Embedding(QModule):
 
     Parameters: ``s`` ``[m]``, starting at zero, and ``L`` ``[n, n]``, starting at the identity. Basis: ``c`` ``[m]``
     and ``C_L`` ``[n, n]`` from the running means ``second`` (of each row's squared entries) and ``cov_L``; nothing
-    grows
-    as m².
+    grows as m².
 
     Args:
         shape: ``(m, n)`` or ``(groups, m, n)``: m rows of a table, each of n entries.
@@ -346,8 +342,8 @@ class Embedding(QModule):
         scaled = gram / _like_blocks(norm[..., None, None], gram)
         self._average_({"second": z.square().sum(-1) / norm.unsqueeze(-1), "cov_L": scaled}, ok)
 
-    def refresh_(self, damping: Tensor) -> None:
+    def refresh_(self, damping: Tensor, ok: Tensor | None = None) -> None:
         rows = torch.diag_embed(self.second.unsqueeze(-1))  # [*groups, m, 1, 1]: blocks of size one
         rho_l, rho_r = factored_damping(self.cov_L, rows, self.m, self.n, len(self.groups), damping)
-        self.C_L.copy_(whitening_root(self.cov_L, rho_l, self.C_L))
-        self.c.copy_((self.second + rho_r.unsqueeze(-1)).rsqrt())
+        assign_(self.C_L, whitening_root(self.cov_L, rho_l, self.C_L), ok)
+        assign_(self.c, (self.second + rho_r.unsqueeze(-1)).rsqrt(), ok)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from . import _checks, diagnostics, fisher
 from ._noise import Noise
+from ._resolve import resolve
 from ._trees import dense, total
 from ._types import Inputs, Linearization, LowRank, Packed, Params
 from .blocks import Packing
 from .capture import Capture, Slots, kept_random_state
-from .likelihoods import Likelihood, resolve
+from .likelihoods import Likelihood
 from .qmodules import QModule
 from .transform import Plan
 
@@ -112,6 +113,11 @@ class Runner:
         return frozenset(wrong)
 
 
+def checksum(u: Mapping[str, Packed]) -> Tensor:
+    """Return a 0-d tensor that is finite only if all entries are: their sum."""
+    return total(x.sum() for packed in u.values() for x in (packed if isinstance(packed, LowRank) else (packed,)))
+
+
 class Batch:
     """A batch after its forward pass; made by :meth:`Runner.run`.
 
@@ -131,16 +137,17 @@ class Batch:
         self._likelihood = runner.likelihood_for(lin.outputs, targets)
 
     def gradient(self) -> tuple[Tensor, dict[str, Packed], Tensor]:
-        """Return the loss, its gradient by block, and the sum of all its entries, which is finite iff they all are."""
+        """Return the loss, its gradient by block, and its checksum."""
         cotangent, loss = torch.func.grad_and_value(self._likelihood.nll)(self._lin.outputs, self._targets)  # type: ignore[arg-type]
         g = self._packing.gradients(self._lin.pullback(cotangent))
-        return loss, g, total(x.sum() for u in g.values() for x in (u if isinstance(u, LowRank) else (u,)))
+        return loss, g, checksum(g)
 
-    def random_gradient(self, q: Mapping[str, QModule], noise: Noise) -> dict[str, Packed]:
-        r"""Return a draw z with :math:`E[zz^\top] = F`, for the Q modules that gather statistics."""
+    def random_gradient(self, q: Mapping[str, QModule], noise: Noise) -> tuple[dict[str, Packed], Tensor]:
+        r"""Return a draw z with :math:`E[zz^\top] = F`, for the Q modules that gather statistics, and its checksum."""
         weight = self._likelihood.weight(self._lin.outputs, self._targets)
         pulled = self._lin.pullback(weight.sqrt() * self._likelihood.score(self._lin.outputs, noise))
-        return self._packing.statistics(pulled, q)
+        z = self._packing.statistics(pulled, q)
+        return z, checksum(z)
 
     def fisher(self, kind: str, noise: Noise) -> PackedMap:
         r"""Return :math:`v \mapsto Fv` over all blocks.

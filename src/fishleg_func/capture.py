@@ -1,8 +1,7 @@
 """Capture: forward hooks that record what layers see and add zero probes to what they return.
 
 The gradient in a probe is the gradient at that layer's output, so one ``torch.func.vjp`` over probes gives δ without
-forming a
-weight gradient. Hooks are inert outside of a step, and ``torch.compile`` traces all of this.
+forming a weight gradient. Hooks are inert outside of a step, and ``torch.compile`` traces all of this.
 """
 
 from __future__ import annotations
@@ -119,8 +118,7 @@ class Capture:
         """Run the model once and return its linearization in layer outputs and ``direct`` parameters.
 
         The pullback returns ``(deltas, gradients)``: gradients at the outputs of the hooked layers, by name, a list
-        over calls,
-        and gradients of the direct parameters. The pushforward takes a pair of the same structure.
+        over calls, and gradients of the direct parameters. The pushforward takes a pair of the same structure.
 
         Args:
             inputs: What the model is called with.

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks, auxiliary, fisher
+from ._resolve import as_likelihood
 from ._types import Hyper, Options
 from .batch import Runner
-from .likelihoods import Likelihood, as_likelihood
+from .likelihoods import Likelihood
 from .step import FishLegStep
 from .transform import Family, make_plan, unwrapped
 
@@ -52,10 +53,8 @@ def fishlegify(
               Q(\lambda) \approx (F + \gamma I)^{-1}
 
     The model's code, ``parameters()`` and ``state_dict()`` are left alone; its layers get forward hooks that are inert
-    outside of
-    a step. ``fishlegify(model)`` alone works: the likelihood is then resolved from the first targets, class labels
-    giving
-    :class:`~fishleg_func.likelihoods.Categorical` and real targets shaped like the outputs a unit
+    outside of a step. ``fishlegify(model)`` alone works: the likelihood is then resolved from the first targets, class
+    labels giving :class:`~fishleg_func.likelihoods.Categorical` and real targets shaped like the outputs a unit
     :class:`~fishleg_func.likelihoods.Gaussian`.
 
     Args:
@@ -67,8 +66,7 @@ def fishlegify(
         weight_decay: Decoupled weight decay: parameters shrink by ``lr * weight_decay`` at every step.
         damping: γ, in the units of the Fisher.
         update_aux_every: Steps between auxiliary updates of λ (the first ``update_aux_every`` steps all make one); 0
-            never
-            updates λ, which leaves the families' bases: K-FAC for ``"kfac"``.
+            never updates λ, which leaves the families' bases: K-FAC for ``"kfac"``.
         aux_rule: ``"relative"`` moves λ multiplicatively; ``"adam"`` is the paper's.
         aux_lr: Rate of the rule: 0.2 suits ``"relative"``, about 1e-3 ``"adam"``.
         aux_betas: Decay of Adam's two moments, with ``aux_rule="adam"``.
@@ -76,23 +74,19 @@ def fishlegify(
         precondition_aux: Precondition the gradient of the auxiliary loss with Q.
         aux_batch_size: Number of leading examples of a batch that curvature is taken from; ``None`` for all.
         q: Q family of the layers, ``"kfac"``, ``"kronecker"``, ``"scaled_kronecker"``, ``"eigen"``, ``"diagonal"``,
-            ``"dense"``, ``"embedding"``, or
-            a callable ``(shape, dtype=, device=) -> QModule``; or a dict from glob patterns on block, module or
-            parameter names
-            to these, the first match winning.
+            ``"dense"``, ``"embedding"``, or a callable ``(shape, dtype=, device=) -> QModule``; or a dict from glob
+            patterns on block, module or parameter names to these, the first match winning.
         fisher: Fisher-vector product of the auxiliary loss: ``"exact"``, ``"sampled"``, ``"empirical"`` or
-            ``"antithetic"``, see
-            :func:`fisher_vector_product`.
+            ``"antithetic"``, see :func:`fisher_vector_product`.
         u: Probe direction: ``"gradient"``, ``"momentum"`` or ``"gaussian"``.
         step_norm: ``"layer"`` scales each layer's step to the Frobenius norm of an orthogonal matrix of its shape;
-            ``"kl"`` bounds the
-            predicted KL divergence of the step by ``step.hyper.kl_clip`` (1e-3 nats); ``None`` takes the step as it is.
+            ``"kl"`` bounds the predicted KL divergence of the step by ``step.hyper.kl_clip`` (1e-3 nats); ``None``
+            takes the step as it is.
         include: Glob patterns on parameter or module names: only what they match is trained.
         exclude: Glob patterns: what they match is not trained.
         output: From what the model returns to one tensor of natural parameters, for models that return objects.
         generator: Seeds the step's own random numbers; by default they are seeded from ``torch.initial_seed()``. The
-            global random
-            stream is not drawn from.
+            global random stream is not drawn from.
 
     Returns:
         The stepping function, ``loss = step(inputs, targets)``.
@@ -117,8 +111,7 @@ def fishlegify(
 
     References:
         Garcia, Freddi, Fotiadis, Li, Vakili, Bernacchia & Hennequin, "Fisher-Legendre (FishLeg) optimization of deep
-        neural
-        networks", ICLR 2023.
+        neural networks", ICLR 2023.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} must be a torch.nn.Module; pass the module itself")
@@ -173,8 +166,11 @@ def _check(
     _checks.choice("fisher", options.fisher, fisher.KINDS)
     _checks.choice("u", options.u, ("gradient", "momentum", "gaussian"))
     _checks.choice("step_norm", options.step_norm, (None, "kl", "layer"))
-    if options.step_norm == "kl" and options.momentum == "after":
-        raise ValueError("step_norm='kl' needs the averaged gradient and must go with momentum='before'")
+    if options.momentum == "after" and (options.step_norm == "kl" or options.u == "momentum"):
+        raise ValueError(
+            f"step_norm={options.step_norm!r}, u={options.u!r}: 'kl' and 'momentum' need the averaged gradient, so they "
+            "must go with momentum='before'"
+        )
     if options.aux_batch_size is not None:
         _checks.number("aux_batch_size", options.aux_batch_size, 1, math.inf, "use None for the whole batch")
     for i, value in enumerate(aux_betas):

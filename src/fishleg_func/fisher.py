@@ -1,8 +1,8 @@
 r"""Fisher-vector products: exact, sampled, empirical and antithetic.
 
 With J the Jacobian of the outputs, w the weights of the terms and H the Fisher of the outputs,
-:math:`F = \sum_i w_i J_i^\top H_i J_i`.
-The first three kinds share one path: push a direction forward, apply a matrix to each term of the result, pull it back.
+:math:`F = \sum_i w_i J_i^\top H_i J_i`. The first three kinds share one path: push a direction forward, apply a matrix
+to each term of the result, pull it back.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import _checks
 from ._noise import Noise, library_generator
+from ._resolve import as_likelihood
 from ._types import Inputs, Linearization, Params
 from .capture import (
     call_model,
@@ -24,7 +25,7 @@ from .capture import (
     kept_random_state,
     pushforward_of,
 )
-from .likelihoods import Likelihood, as_likelihood
+from .likelihoods import Likelihood
 
 KINDS = ("exact", "sampled", "empirical", "antithetic")
 
@@ -35,8 +36,7 @@ def make_output_fisher(
     r"""Return the map :math:`t \mapsto w \odot (M t)`, M the matrix of each term that the kind of product calls for.
 
     ``exact``: H. ``sampled``: :math:`zz^\top` with one draw of :math:`E[zz^\top] = H`. ``empirical``: :math:`ss^\top`
-    with the
-    score s at the targets; since :math:`g_i^\top v = s_i^\top (Jv)_i` this is the product with the mean of
+    with the score s at the targets; since :math:`g_i^\top v = s_i^\top (Jv)_i` this is the product with the mean of
     :math:`g_i g_i^\top`.
 
     Args:
@@ -112,8 +112,7 @@ def fisher_vector_product(
               = \mathbb{E}_x J^\top H J
 
     Parameters, buffers, gradients, hooks and the caller's random stream are as they were afterwards; dropout draws one
-    mask for
-    the whole product.
+    mask for the whole product.
 
     Args:
         model: Any module, in the mode (train or eval) that it is in.
@@ -121,11 +120,9 @@ def fisher_vector_product(
         inputs: A tensor, a tuple of positional or a dict of keyword arguments of the model.
         v: Direction, by qualified name, each entry shaped like its parameter. Parameters that are not named are held
             constant.
-        kind: ``"exact"``, :math:`J^\top HJv`; ``"sampled"``, :math:`\text{mean}_i\, g_i (g_i^\top v)` with gradients
-            at one draw from
-            the model; ``"empirical"``, the same at ``targets``; ``"antithetic"``, central differences of the gradient
-            at targets
-            sampled from the model. All but ``"empirical"`` have F as their expectation.
+        kind: ``"exact"``, :math:`J^\top HJv`; ``"sampled"``, :math:`\text{mean}_i\, g_i (g_i^\top v)` with one random
+            gradient of the model per term; ``"empirical"``, with those at ``targets``; ``"antithetic"``, central
+            differences of the gradient at sampled targets. All but ``"empirical"`` have F as their expectation.
         targets: Observations. Needed for ``"empirical"``; elsewhere only their mask counts.
         damping: γ, in the units of F.
         output: From what the model returns to one tensor of natural parameters.

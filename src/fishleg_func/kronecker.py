@@ -18,8 +18,7 @@ def gradient_grams(u: Packed, w: Packed, left: Side, right: Side) -> tuple[Tenso
     r"""Return :math:`\tilde u^\top \tilde w` and :math:`\tilde u \tilde w^\top`, each plus its transpose.
 
     Of a long side only the diagonal blocks are formed. Where both are factored, :math:`\tilde u = d^\top a`,
-    :math:`\tilde w = d_w^\top a_w`, only rows x rows products
-    are formed.
+    :math:`\tilde w = d_w^\top a_w`, only rows x rows products are formed.
 
     Args:
         u: Whitened probe.
@@ -39,9 +38,8 @@ def gradient_grams(u: Packed, w: Packed, left: Side, right: Side) -> tuple[Tenso
 class Kronecker(QModule):
     r"""Kronecker product without a basis: :math:`Q u = R^\top R \, U \, L L^\top`.
 
-    Parameters: ``L`` ``[n, n]`` and ``R`` ``[m, m]``, both starting at the identity (block-diagonal ``[blocks, size,
-        size]`` for
-    sides longer than ``max_dim``; a leading axis for groups).
+    Parameters: ``L`` ``[n, n]`` and ``R`` ``[m, m]``, both starting at the identity; block-diagonal,
+    ``[blocks, size, size]``, for sides longer than ``max_dim``, and with a leading axis for groups.
 
     Args:
         shape: ``(m, n)`` or ``(groups, m, n)``.

@@ -2,8 +2,7 @@ r"""Layer types: how each packs its parameters into one matrix, and how that mat
 
 All weight layouts are here. For a layer with parameters packed as U ``[..., m, n]``, inputs are turned into rows a
 ``[..., rows, n]`` (with a column of ones for the bias) and gradients at its output into rows δ ``[..., rows, m]``, so
-that the
-gradient of U is :math:`\delta^\top a`, and the output moves by :math:`a V^\top` when U moves by V.
+that the gradient of U is :math:`\delta^\top a`, and the output moves by :math:`a V^\top` when U moves by V.
 """
 
 from __future__ import annotations

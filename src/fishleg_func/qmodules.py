@@ -1,14 +1,13 @@
 r"""The Q algebra: positive-definite operators on packed matrices, with no knowledge of networks.
 
-Every family is written as :math:`Q = B B^\top`. What a family supplies is B (``color``) and its transpose
-(``whiten``); in the
-whitened coordinates :math:`\tilde u = B^\top u`, :math:`\tilde w = B^\top w` the gradients of the auxiliary loss are
-short
-(docs/maths.md). ``roots`` are the tensors that B is made of, computed once per change of λ and passed back in.
+Every family is written as :math:`Q = B B^\top`. What a family supplies is B (``color``) and its transpose (``whiten``);
+in the whitened coordinates :math:`\tilde u = B^\top u`, :math:`\tilde w = B^\top w` the gradients of the auxiliary loss
+are short (docs/maths.md). ``roots`` are the tensors that B is made of, computed once per change of λ and passed back
+in.
 
 A family has parameters λ (``L``, ``R``, ``s``) and may have a basis (``C_L``, ``C_R``, ``c``) that
-:meth:`QModule.refresh_`
-takes from running statistics of the Fisher, so that λ at the identity is already K-FAC or its diagonal counterpart.
+:meth:`QModule.refresh_` takes from running statistics of the Fisher, so that λ at the identity is already K-FAC or its
+diagonal counterpart.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ class QModule(nn.Module, ABC):
     r"""A symmetric positive-definite operator :math:`Q(\lambda) = BB^\top` on packed matrices of one shape.
 
     Evaluate it at any λ with ``torch.func.functional_call(q, lam, (u,))``. Subclasses define :meth:`roots`,
-    :meth:`whiten`,
-    :meth:`color`, :meth:`relative` and :meth:`diagonal`, and those with a basis :meth:`gather_` and :meth:`refresh_`.
+    :meth:`whiten`, :meth:`color`, :meth:`relative` and :meth:`diagonal`, and those with a basis :meth:`gather_` and
+    :meth:`refresh_`.
 
     Args:
         shape: Shape of the packed matrix, ``(m, n)``, or ``(groups, m, n)``, each group having its own Q.
@@ -189,13 +188,13 @@ class QModule(nn.Module, ABC):
             ValueError: If the factor is not positive and finite.
         """
         _checks.positive("factor", factor)
-        factor = torch.as_tensor(factor)
+        lam = dict(self.named_parameters())
+        factor = torch.as_tensor(factor, dtype=lam["s" if "s" in lam else "L"].dtype)
         with torch.no_grad():
-            lam = dict(self.named_parameters())
             if "s" in lam:
-                lam["s"].add_(0.5 * factor.log().to(lam["s"]))
+                lam["s"].add_(0.5 * factor.log())
             else:
-                lam["L"].mul_(factor.sqrt().to(lam["L"]))
+                lam["L"].mul_(factor.sqrt())
 
     def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
         r"""Add a random gradient to the running statistics of the Fisher; families without a basis have none.
@@ -205,11 +204,12 @@ class QModule(nn.Module, ABC):
             ok: Where given and false, nothing is changed.
         """
 
-    def refresh_(self, damping: Tensor) -> None:
+    def refresh_(self, damping: Tensor, ok: Tensor | None = None) -> None:
         """Recompute the basis from the statistics; λ stays.
 
         Args:
             damping: γ, 0-d.
+            ok: Where given and false, nothing is changed.
         """
 
     takes_rows = False  # whether gather_ is better served with factors over rows than with a dense gradient

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,6 +20,7 @@ from .batch import Batch, PackedMap, Runner
 from .capture import kept_random_state, restored_on_error
 from .likelihoods import Likelihood
 from .qmodules import QModule, Roots
+from .schedule import is_due, is_refresh
 
 _DEFAULT_CADENCE = 10  # steps between statistics where update_aux_every=0 learns nothing
 
@@ -27,10 +29,8 @@ class FishLegStep:
     """One training step as a callable, ``loss = step(inputs, targets)``; made by :func:`fishleg_func.fishlegify`.
 
     Eager or inside ``torch.compile(step, fullgraph=True)``. An eager step that meets a non-finite loss or gradient
-    raises
-    ``FloatingPointError`` before anything is changed; a compiled one cannot raise: it changes nothing, adds one to
-    ``skipped``
-    and returns the non-finite loss.
+    raises ``FloatingPointError`` before anything is changed; a compiled one cannot raise: it changes nothing, adds one
+    to ``skipped`` and returns the non-finite loss.
 
     Args:
         runner: Runs batches through the model.
@@ -51,9 +51,10 @@ class FishLegStep:
         self.q: dict[str, QModule] = dict(runner.plan.q)
         self._runner, self._options, self._rule = runner, options, rule
         self._roots: dict[str, Roots] = {k: tuple(r.detach().clone() for r in q.roots()) for k, q in self.q.items()}
-        like = {k: self._roots[k][0] for k in self.q}
-        self._momentum = {k: x.new_zeros(self.q[k].shape) for k, x in like.items()}  # m, packed, by block
-        self._direction = {k: x.new_zeros(self.q[k].shape) for k, x in like.items()}  # p = Q m, packed, by block
+        self._before = options.momentum == "before"
+        # p = Q m, by block, packed; and m, which momentum="after" does not keep
+        self._direction = {k: self._roots[k][0].new_zeros(q.shape) for k, q in self.q.items()}
+        self._momentum = {k: p.clone() for k, p in self._direction.items()} if self._before else {}
         self._noise = Noise(seed, runner.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=runner.device)
         self._last: tuple[Inputs, Tensor] | None = None  # the last step's batch
@@ -102,13 +103,14 @@ class FishLegStep:
         loss, g, checksum = batch.gradient()
         ok = self._require_finite(loss, checksum)
         if curvature:
-            self._update_curvature(self._auxiliary_batch(batch, inputs, targets), g, refresh, ok)
+            batch_for_q = self._auxiliary_batch(batch, inputs, targets)
+            with self._bases_restored_on_error():
+                _, ok = self._update_curvature(batch_for_q, g, refresh, ok)
         m, p, beta = self._momentum, self._direction, self.hyper.beta
-        before = self._options.momentum == "before"
         for name in self.q:
-            if before:
+            if self._before:
                 assign_(m[name], torch.lerp(dense(g[name]), m[name], beta), ok)
-            if before and curvature:  # Q has changed: p = Q m anew
+            if self._before and curvature:  # Q has changed: p = Q m anew
                 direction = dense(self._apply_q(name, m[name]))
             else:
                 direction = torch.lerp(dense(self._apply_q(name, g[name])), p[name], beta)
@@ -116,6 +118,8 @@ class FishLegStep:
         self._move(self._step_scales(), ok)
         for name, buffer in self.model.named_buffers():
             assign_(buffer, batch.buffers[name], ok)
+        if ok is not None:
+            self.skipped.add_((~ok).long())
         self._noise.advance_()
         return loss
 
@@ -150,9 +154,7 @@ class FishLegStep:
         if not torch.compiler.is_compiling():
             _checks.finite_step(loss, checksum)
             return None
-        ok = loss.isfinite() & checksum.isfinite()
-        self.skipped.add_((~ok).long())
-        return ok
+        return loss.isfinite() & checksum.isfinite()
 
     def _require_hooks(self) -> None:
         if self._removed:
@@ -166,24 +168,45 @@ class FishLegStep:
         cut = pytree.tree_map(lambda x: x[:size] if isinstance(x, Tensor) and x.ndim else x, (inputs, targets))
         return self._runner.run(*cut, twice=True)
 
-    def _update_curvature(self, batch: Batch, g: Mapping[str, Packed], refresh: bool, ok: Tensor | None) -> Tensor:
-        """Gather statistics, refresh the bases where due, update λ; return A(λ)."""
+    def _update_curvature(
+        self, batch: Batch, g: Mapping[str, Packed], refresh: bool, ok: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gather statistics, refresh bases where due, update λ; return A(λ), and ``ok`` with the statistics seen."""
         if any(q.has_basis for q in self.q.values()):
-            for name, z in batch.random_gradient(self.q, self._noise).items():
-                self.q[name].gather_(z, ok)
+            z, checksum = batch.random_gradient(self.q, self._noise)
+            finite = self._require_finite(torch.zeros_like(checksum), checksum)
+            ok = finite if ok is None or finite is None else ok & finite
+            for name, statistic in z.items():
+                self.q[name].gather_(statistic, ok)
                 if refresh:
-                    self.q[name].refresh_(self.hyper.damping)
+                    self.q[name].refresh_(self.hyper.damping, ok)
             if refresh:
                 self._refresh_roots()
         if not self._options.update_aux_every:
-            return torch.zeros_like(self.hyper.lr)
-        return self._update_lambda(self._probe_direction(g), batch.fisher(self._options.fisher, self._noise), ok)
+            return torch.zeros_like(self.hyper.lr), ok
+        fisher = batch.fisher(self._options.fisher, self._noise)
+        return self._update_lambda(self._probe_direction(g), fisher, ok), ok
+
+    @contextlib.contextmanager
+    def _bases_restored_on_error(self) -> Iterator[None]:
+        """Put statistics and bases back if the block raises, as a likelihood of one's own may; eager only."""
+        if torch.compiler.is_compiling():
+            yield
+            return
+        saved = [(b, b.clone()) for q in self.q.values() for b in q.buffers()]
+        try:
+            yield
+        except BaseException:
+            for buffer, value in saved:
+                buffer.copy_(value)
+            self._refresh_roots()
+            raise
 
     def _probe_direction(self, g: Mapping[str, Packed]) -> Mapping[str, Packed]:
         if self._options.u == "momentum":
             return {k: torch.lerp(dense(g[k]), m, self.hyper.beta) for k, m in self._momentum.items()}
         if self._options.u == "gaussian":
-            return {k: self._noise.normal(m, i) for i, (k, m) in enumerate(self._momentum.items(), start=1)}
+            return {k: self._noise.normal(p, i) for i, (k, p) in enumerate(self._direction.items(), start=1)}
         return g
 
     def _update_lambda(self, u: Mapping[str, Packed], fisher: PackedMap, ok: Tensor | None) -> Tensor:
@@ -217,8 +240,7 @@ class FishLegStep:
         Args:
             inputs: What the model is called with.
             targets: Observations, at which ``u="gradient"`` takes the gradient and ``fisher="empirical"`` the scores;
-                without them
-                the gradient is taken on the last step's batch.
+                without them the gradient is taken on the last step's batch.
 
         Returns:
             :math:`A(\lambda)` before the update, a 0-d tensor; its minimum is
@@ -240,10 +262,10 @@ class FishLegStep:
                 source = batch if targets is not None else self._runner.run(*self._last, twice=False)  # type: ignore[misc]
                 loss, g, checksum = source.gradient()
                 self._require_finite(loss, checksum)
-            value = self._update_curvature(batch, g, is_refresh(self._updates, 1), None)
-        if self._options.momentum == "before":
-            for name, m in self._momentum.items():
-                self._direction[name].copy_(dense(self._apply_q(name, m)))
+            with self._bases_restored_on_error():
+                value, _ = self._update_curvature(batch, g, is_refresh(self._updates, 1), None)
+        for name, m in self._momentum.items():
+            self._direction[name].copy_(dense(self._apply_q(name, m)))
         self._updates += 1
         self._noise.advance_()
         return value
@@ -298,7 +320,7 @@ class FishLegStep:
             return {k: dense(fv[k]) + self.hyper.damping * dense(v[k]) - u[k] for k in u}
 
         salts = iter(range(1, 1 + n * len(self.q)))
-        probes = [{k: self._noise.normal(m, next(salts)) for k, m in self._momentum.items()} for _ in range(n)]
+        probes = [{k: self._noise.normal(p, next(salts)) for k, p in self._direction.items()} for _ in range(n)]
         self._noise.advance_()
         return diagnostics.accuracy(residual, probes)
 
@@ -310,8 +332,9 @@ class FishLegStep:
         """
         plan = self._runner.plan
         direct = self._runner.unhooked | {b.name for b in plan.blocks if b.spec is None}
+        momentum = {k: [self._momentum[k]] if self._before else [] for k in self.q}
         state = {
-            k: [*q.parameters(), *q.buffers(), *self._roots[k], self._direction[k], self._momentum[k]]
+            k: [*q.parameters(), *q.buffers(), *self._roots[k], self._direction[k], *momentum[k]]
             for k, q in self.q.items()
         }
         return diagnostics.report(self.model, plan, direct, state, self.likelihood)
@@ -321,7 +344,8 @@ class FishLegStep:
         tensors = {f"hyper.{k}": t for k, t in vars(self.hyper).items()}
         for name, q in self.q.items():
             tensors |= {f"q.{name}.{k}": t for k, t in q.state_dict().items()}
-            tensors |= {f"momentum.{name}": self._momentum[name], f"direction.{name}": self._direction[name]}
+            tensors[f"direction.{name}"] = self._direction[name]
+        tensors |= {f"momentum.{name}": m for name, m in self._momentum.items()}
         if isinstance(self._rule, auxiliary.Adam):
             tensors |= {f"adam.{k}": t for k, t in self._rule.tensors().items()}
         return {**tensors, "noise": self._noise.counter, "skipped": self.skipped}
@@ -369,21 +393,3 @@ class FishLegStep:
     ) -> None:
         """Remove the step."""
         self.remove()
-
-
-def is_due(t: int, every: int) -> bool:
-    """Tell whether step t updates the curvature: each of the first ``every`` steps, then one in ``every``.
-
-    Args:
-        t: Steps so far.
-        every: The cadence.
-
-    Returns:
-        One arithmetic expression, so that a compiled step has two variants whatever t is.
-    """
-    return (t // every) * (t % every) == 0
-
-
-def is_refresh(t: int, every: int) -> bool:
-    """Tell whether a curvature step refreshes the bases: at first each, then every second, and later every fifth."""
-    return (t // every) * (t % (2 * every) + (t // (10 * every)) * (t % (5 * every))) == 0

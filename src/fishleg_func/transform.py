@@ -103,9 +103,10 @@ def _layer_blocks(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> dict[
     found: dict[str, tuple[Block, nn.Module]] = {}
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        local = {n: prefix + n for n, _ in module.named_parameters(recurse=False) if prefix + n in chosen}
+        own = [n for n, p in module.named_parameters(recurse=False) if owners[p] == 1 and prefix + n in chosen]
+        local = {n: prefix + n for n in own}
         spec = find_spec(module, tuple(local)) if local else None
-        if spec is not None and all(owners[chosen[name]] == 1 for name in local.values()):
+        if spec is not None:
             name = path or ROOT
             found[name] = (Block(name, spec.family, spec.shape, local, spec), module)
     return found

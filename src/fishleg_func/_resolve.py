@@ -1,0 +1,67 @@
+"""From what users pass as a likelihood, or from targets alone, to a :class:`~fishleg_func.likelihoods.Likelihood`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .likelihoods import Categorical, Gaussian, Likelihood
+
+
+class _Adapted(Likelihood):
+    """Give an object with ``nll`` and ``sample`` the default of everything else."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self._wrapped = wrapped
+        if hasattr(wrapped, "fisher"):
+            self.fisher = wrapped.fisher  # type: ignore[method-assign]
+
+    def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        result: Tensor = self._wrapped.nll(outputs, targets)
+        return result
+
+    def sample(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        result: Tensor = self._wrapped.sample(outputs, generator=generator)
+        return result
+
+    def __repr__(self) -> str:
+        return repr(self._wrapped)
+
+
+def as_likelihood(candidate: Any) -> Likelihood:
+    """Return ``candidate`` as a :class:`Likelihood`; an object with ``nll`` and ``sample`` is adapted.
+
+    Raises:
+        TypeError: If it has neither.
+    """
+    if isinstance(candidate, Likelihood):
+        return candidate
+    if callable(getattr(candidate, "nll", None)) and callable(getattr(candidate, "sample", None)):
+        return _Adapted(candidate)
+    raise TypeError(
+        f"likelihood={candidate!r} must have the methods nll(outputs, targets) and sample(outputs, generator=None); "
+        "use an instance such as fishleg_func.likelihoods.Categorical()"
+    )
+
+
+def resolve(outputs: Tensor, targets: Tensor) -> Likelihood:
+    """Choose the likelihood that a pair of outputs and targets calls for.
+
+    Returns:
+        Categorical for class labels, a unit Gaussian for real targets.
+
+    Raises:
+        ValueError: If neither class labels nor real targets shaped like the outputs are seen.
+    """
+    integral = not targets.dtype.is_floating_point and not targets.dtype.is_complex and targets.dtype != torch.bool
+    if integral and targets.shape == outputs.shape[:-1] and outputs.ndim > 1:
+        return Categorical()
+    if targets.dtype.is_floating_point and targets.shape == outputs.shape:
+        return Gaussian(1.0)
+    raise ValueError(
+        f"likelihood=None cannot be resolved from targets of dtype {targets.dtype} and shape {tuple(targets.shape)} "
+        f"with outputs of shape {tuple(outputs.shape)}; pass one of fishleg_func.likelihoods: Gaussian(), Bernoulli(), "
+        "Categorical(), Poisson(), or your own"
+    )
