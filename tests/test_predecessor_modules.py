@@ -111,6 +111,7 @@ def test_d26_tied_weights_stay_tied() -> None:
     model[2].weight = model[0].weight
     tokens = torch.arange(12).square().view(12, 1) % 3
     step = assert_trains(model, tokens)
+    assert step.q.keys() == {"0.weight", "2.bias"}  # one block for what two modules own
     assert model[2].weight is model[0].weight and isinstance(model[0].weight, nn.Parameter)
     step.remove()
     assert model[2].weight is model[0].weight
@@ -197,6 +198,7 @@ def test_d37_subclasses_and_parametrizations_keep_their_outputs() -> None:
         assert torch.equal(model(X), out) and shape_of(model) == shape
         ours = step.natural_gradient(X, LABELS)
         torch.testing.assert_close(ours, dict(zip(values(model), truth, strict=True)))
+        assert step.q.keys() == values(model).keys()  # not taken for a linear layer
 
 
 def test_d38_a_missing_bias_stays_missing() -> None:

@@ -48,6 +48,15 @@ def elementwise_targets(likelihood: str, outputs: Tensor, targets: Tensor) -> No
         )
 
 
+def broadcasts(name: str, shape: torch.Size, outputs: torch.Size) -> None:
+    """Raise ValueError unless ``shape`` broadcasts against the shape of the outputs."""
+    axes = zip(reversed(shape), reversed(outputs), strict=False)
+    if len(shape) > len(outputs) or any(a not in (1, b) for a, b in axes):
+        raise ValueError(
+            f"{name} of shape {tuple(shape)} must broadcast against the outputs {tuple(outputs)}; reshape it"
+        )
+
+
 def class_labels(outputs: Tensor, targets: Tensor) -> None:
     """Raise unless targets are integers, one for each position of the outputs but the last dimension."""
     if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
@@ -86,7 +95,8 @@ def finite_step(loss: Tensor, gradients: Tensor) -> None:
     value = loss.item()
     if not math.isfinite(value):
         raise FloatingPointError(
-            f"loss={value} must be finite; nothing was changed. Look for NaN or Inf in inputs and targets, or lower lr"
+            f"loss={value} must be finite; nothing was changed. Look for NaN or Inf in inputs and targets, "
+            "or for a batch whose targets are all masked, or lower lr"
         )
     if not math.isfinite(gradients.item()):
         raise FloatingPointError(

@@ -72,6 +72,13 @@ class Noise:
 _generators: dict[torch.device, torch.Generator] = {}
 
 
+def library_noise(device: torch.device) -> Noise:
+    """Return a source of new draws on ``device``, seeded from :func:`library_generator`; in compiled code, from zero."""
+    generator = library_generator(device)
+    seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator, device=device))
+    return Noise(seed, device)
+
+
 def library_generator(device: torch.device) -> torch.Generator | None:
     """Return the generator that this library draws from on ``device``, apart from the caller's global stream.
 

@@ -15,8 +15,9 @@ class _Adapted(Likelihood):
 
     def __init__(self, wrapped: Any) -> None:
         self._wrapped = wrapped
-        if hasattr(wrapped, "fisher"):
-            self.fisher = wrapped.fisher  # type: ignore[method-assign]
+        for name in ("fisher", "score", "weight", "masked", "event_dims", "check_shapes", "check_values", "draws"):
+            if hasattr(wrapped, name):
+                setattr(self, name, getattr(wrapped, name))
 
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
         result: Tensor = self._wrapped.nll(outputs, targets)
@@ -38,7 +39,11 @@ def as_likelihood(candidate: Any) -> Likelihood:
     """
     if isinstance(candidate, Likelihood):
         return candidate
-    if callable(getattr(candidate, "nll", None)) and callable(getattr(candidate, "sample", None)):
+    if (
+        not isinstance(candidate, type)
+        and callable(getattr(candidate, "nll", None))
+        and callable(getattr(candidate, "sample", None))
+    ):
         return _Adapted(candidate)
     raise TypeError(
         f"likelihood={candidate!r} must have the methods nll(outputs, targets) and sample(outputs, generator=None); "

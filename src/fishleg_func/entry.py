@@ -168,7 +168,7 @@ def _check(
     _checks.choice("step_norm", options.step_norm, (None, "kl", "layer"))
     if options.momentum == "after" and (options.step_norm == "kl" or options.u == "momentum"):
         raise ValueError(
-            f"step_norm={options.step_norm!r}, u={options.u!r}: 'kl' and 'momentum' need the averaged gradient, so they "
+            f"step_norm={options.step_norm!r}, u={options.u!r}: 'kl' and 'momentum' need the averaged gradient, and "
             "must go with momentum='before'"
         )
     if options.aux_batch_size is not None:

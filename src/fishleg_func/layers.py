@@ -279,6 +279,6 @@ def find_spec(module: nn.Module, names: tuple[str, ...]) -> LayerSpec | None:
     for base in type(module).__mro__:
         spec = _REGISTRY.get(base)
         if spec is not None:
-            same_forward = type(module).forward is base.__dict__.get("forward")
+            same_forward = getattr(type(module), "forward", None) is getattr(base, "forward", None)
             return spec(module, names) if same_forward and spec.covers(names) else None
     return None

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks
-from ._noise import Noise, library_generator
+from ._noise import Noise, library_generator, library_noise
 
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "Poisson"]
 
@@ -145,9 +145,13 @@ class Likelihood(ABC):
         Returns:
             H t, shaped like ``outputs``; not weighted by the number of terms.
         """
-        noise = Noise(0, outputs.device)
-        scores = [self.score(outputs, noise) for _ in range(self.draws)]
-        return torch.stack([s * self.term_inner(s, tangent) for s in scores]).mean(0)
+        noise = library_noise(outputs.device)
+        product = torch.zeros_like(outputs)
+        for _ in range(self.draws):
+            score = self.score(outputs, noise)
+            product = product + score * self.term_inner(score, tangent)
+            noise.advance_()
+        return product / self.draws
 
     def check_shapes(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ``ValueError`` or ``TypeError`` where shapes or dtypes cannot be of this likelihood.
@@ -230,6 +234,10 @@ class Gaussian(_Elementwise):
 
     def variance(self, outputs: Tensor) -> Tensor:
         return self._sigma(outputs).square().reciprocal().expand_as(outputs)
+
+    def check_shapes(self, outputs: Tensor, targets: Tensor) -> None:
+        super().check_shapes(outputs, targets)
+        _checks.broadcasts("sigma", torch.as_tensor(self.sigma).shape, outputs.shape)
 
     def __repr__(self) -> str:
         return f"Gaussian(sigma={self.sigma})"

@@ -157,7 +157,8 @@ class QModule(nn.Module, ABC):
     def dense(self) -> Tensor:
         """Return Q as a matrix on the row-major flattening of the packed shape, for small shapes."""
         size = math.prod(self.shape)
-        basis = torch.eye(size, dtype=self._dtype, device=self._device).view(size, *self.shape)
+        like = next(self.parameters())
+        basis = torch.eye(size, dtype=like.dtype, device=like.device).view(size, *self.shape)
         return dense(self.forward(basis)).reshape(size, size).mT
 
     def retract_(self, gradients: dict[str, Tensor], rate: Tensor, ok: Tensor | None = None) -> None:
@@ -245,7 +246,7 @@ class QModule(nn.Module, ABC):
 class Dense(QModule):
     r"""One full matrix over all entries, for tiny shapes and tests: :math:`Q = L L^\top`.
 
-    Parameter: ``L`` ``[P, P]``, starting at the identity, P being the number of entries.
+    Parameter: ``L`` ``[P, P]``, starting at the identity, P = m n being the number of entries; a leading axis for groups.
 
     Args:
         shape: ``(m, n)`` or ``(groups, m, n)``.
@@ -267,19 +268,19 @@ class Dense(QModule):
     L: Tensor
 
     def _setup(self) -> None:
-        size = math.prod(self.shape)
+        size = self.m * self.n
         if size > self.max_dim:
             raise ValueError(
                 f"family 'dense' needs a {size} x {size} matrix, and must stay <= {self.max_dim}; use 'kfac'"
             )
-        self._parameter("L", torch.eye(size, dtype=self._dtype, device=self._device))
+        self._parameter("L", self._eye(Side(size, 1, size)))
 
     def roots(self) -> Roots:
         return (self.L,)
 
     def _mul(self, x: Packed, matrix: Tensor) -> Tensor:
-        flat = dense(x).flatten(-len(self.shape))  # "... g m n -> ... (g m n)"
-        return (flat @ matrix).view(*flat.shape[:-1], *self.shape)
+        x = dense(x)
+        return (x.flatten(-2).unsqueeze(-2) @ matrix).view(x.shape)  # "... m n -> ... 1 (m n)"
 
     def whiten(self, roots: Roots, u: Packed) -> Packed:
         return self._mul(u, roots[0])
@@ -288,7 +289,7 @@ class Dense(QModule):
         return self._mul(z, roots[0].mT)
 
     def relative(self, roots: Roots, u: Packed, w: Packed, uz: Packed, wz: Packed) -> dict[str, Tensor]:
-        outer = dense(uz).reshape(-1, 1) * dense(wz).reshape(1, -1)
+        outer = dense(uz).flatten(-2).unsqueeze(-1) * dense(wz).flatten(-2).unsqueeze(-2)
         return {"L": outer + outer.mT}
 
     def flops(self) -> int:
