@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +15,7 @@ import fishleg_func as ff
 from fishleg_func.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 
 EVERY = 10
-GRAPHS = 4  # the first step, then plain, auxiliary, and auxiliary with a refresh: step counters become symbols after one step
+GRAPHS = 4  # the first step; then, the step counter being a symbol, plain, auxiliary, and auxiliary with a refresh
 
 
 class Twice(nn.Module):
@@ -31,7 +32,7 @@ class Twice(nn.Module):
 def autoencoder() -> nn.Module:
     sizes = [20, 16, 8, 3, 8, 16, 20]
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(sizes)):
         layers += [nn.Linear(a, b), nn.ReLU()] if i not in (2, 5) else [nn.Linear(a, b)]
     return nn.Sequential(*layers)
 
@@ -72,7 +73,7 @@ def graphs() -> int:
 
 
 def run(case: Case, backend: str, steps: int) -> tuple[float, list[int]]:
-    """Train twins, eager and compiled; return how far apart they are after 2k steps, and the graph count after each step."""
+    """Train twins, eager and compiled; return their distance after 2k steps, and the graph count after each step."""
     make, likelihood, shape, target = case
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fishleg_func._noise import Noise, library_generator
+from fishleg_func._noise import Noise, new_noise
 
 CPU = torch.device("cpu")
 SIZE = 100_000
@@ -134,15 +134,27 @@ def test_compiled_draws_are_the_eager_ones(kind: str) -> None:
         noise.advance_()
 
 
-def test_the_library_has_a_generator_of_its_own() -> None:
+def test_new_noise_is_new_and_leaves_the_global_stream_alone() -> None:
     stream = torch.get_rng_state()
-    generator = library_generator(CPU)
-    assert generator is library_generator(CPU)
-    first, second = (torch.rand(10, generator=generator) for _ in range(2))
+    first, second = (new_noise(CPU).normal(like(10)) for _ in range(2))
     assert not torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), stream)
 
 
-def test_compiled_code_draws_from_the_global_stream() -> None:
-    compiled = torch.compile(lambda x: x + (library_generator(CPU) is None), backend="aot_eager", fullgraph=True)
+def test_a_generator_gives_the_seed() -> None:
+    first, second = (new_noise(CPU, torch.Generator().manual_seed(5)).normal(like(10)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_forks_are_independent_and_repeatable() -> None:
+    noise = Noise(1, CPU)
+    one, again, other = (noise.fork(salt).normal(like(1000)) for salt in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert abs(torch.corrcoef(torch.stack((one, other, noise.normal(like(1000))))).triu(1)).max() < 0.15
+
+
+def test_compiled_code_has_no_generator() -> None:
+    noise = Noise(1, CPU)
+    compiled = torch.compile(lambda x: x + (noise.generator() is None), backend="aot_eager", fullgraph=True)
     assert compiled(torch.zeros(1)).item() == 1
+    assert torch.equal(*(torch.rand(3, generator=noise.generator()) for _ in range(2)))

@@ -218,7 +218,7 @@ def test_steps_that_probe_at_random() -> None:
     step, x, y = stepper("cnn", "gaussian", u="gaussian")
 
     def drawn(step: FishLegStep) -> Tensor:
-        draws = {k: step._noise.normal(m, i) for i, (k, m) in enumerate(step._momentum.items(), start=1)}
+        draws = {k: step._noise.fork(3).normal(m, i) for i, (k, m) in enumerate(step._momentum.items())}
         return from_packed(step.model, draws)
 
     first = drawn(step)
@@ -325,8 +325,8 @@ def test_accuracy_is_the_dense_residual_on_the_same_probes(case: str) -> None:
     step(x, y)
     model, n, layout = step.model, 3, reference.block_indices(step.model)
     F, q = reference.fisher(model, x, "gaussian", sigma=SIGMA), dense_q(step)
-    salts = iter(range(1, 1 + n * len(step.q)))
-    probes = [{k: step._noise.normal(m, next(salts)) for k, m in step._momentum.items()} for _ in range(n)]
+    salts = iter(range(n * len(step.q)))
+    probes = [{k: step._noise.fork(3).normal(m, next(salts)) for k, m in step._momentum.items()} for _ in range(n)]
     us = [from_packed(model, p) for p in probes]
     residuals = [(F + 0.05 * torch.eye(len(F))) @ q @ u - u for u in us]
     before = snapshot(model)

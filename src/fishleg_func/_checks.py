@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def positive(name: str, value: float | Tensor, remedy: str = "use a positive number such as 1.0") -> None:
@@ -18,11 +18,36 @@ def positive(name: str, value: float | Tensor, remedy: str = "use a positive num
         raise ValueError(f"{name}={value} must be > 0 and finite; {remedy}")
 
 
+def no_backward_hooks(model: nn.Module) -> None:
+    """Raise RuntimeError if a module has backward hooks, which ``torch.func`` cannot run."""
+    hooked = [
+        path or type(m).__name__ for path, m in model.named_modules() if m._backward_hooks or m._backward_pre_hooks
+    ]
+    if hooked:
+        raise RuntimeError(
+            f"the modules {hooked} have full backward hooks, which torch.func cannot run; remove them to train "
+            "with fishleg_func (forward hooks and forward pre-hooks may stay)"
+        )
+
+
+def kind(name: str, value: Any, kinds: type | tuple[type, ...], meant: str) -> None:
+    """Raise TypeError unless ``value`` is of one of the types; a bool is no number."""
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be {meant}, and is of type {type(value).__name__}")
+
+
 def number(name: str, value: float, low: float, high: float, remedy: str, *, low_open: bool = False) -> None:
-    """Raise ValueError unless ``value`` is in [low, high), or (low, high) with ``low_open``."""
+    """Raise ValueError unless ``value`` is a number in [low, high), or (low, high) with ``low_open``."""
+    kind(name, value, (int, float), "a number")
     if not (low < value < high or (value == low and not low_open)):
         bound = f"{'>' if low_open else '>='} {low:g}" + (f" and < {high:g}" if high != math.inf else " and finite")
         raise ValueError(f"{name}={value} must be {bound}; {remedy}")
+
+
+def integer(name: str, value: int, low: int, remedy: str) -> None:
+    """Raise ValueError unless ``value`` is an integer >= low."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name}={value!r} must be an integer >= {low}; {remedy}")
 
 
 def choice(name: str, value: Any, allowed: Iterable[Any]) -> None:

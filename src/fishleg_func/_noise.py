@@ -44,6 +44,18 @@ class Noise:
     def __init__(self, seed: int, device: torch.device) -> None:
         self.counter = torch.tensor(_signed(seed * _SALT), dtype=torch.int64, device=device)
 
+    def fork(self, salt: int) -> Noise:
+        """Return an independent source for one purpose, a pure function of the counter and ``salt``."""
+        child = Noise(0, self.counter.device)
+        child.counter = self._bits(self.counter, -salt - 2)
+        return child
+
+    def generator(self) -> torch.Generator | None:
+        """Return a generator seeded from the counter, for draws made by others; in compiled code, ``None``."""
+        if torch.compiler.is_compiling():
+            return None
+        return torch.Generator(self.counter.device).manual_seed(int(self.counter) & (2**62 - 1))
+
     def advance_(self) -> None:
         """Move to the next set of draws."""
         self.counter.add_(1)
@@ -72,20 +84,16 @@ class Noise:
 _generators: dict[torch.device, torch.Generator] = {}
 
 
-def library_noise(device: torch.device) -> Noise:
-    """Return a source of new draws on ``device``, seeded from :func:`library_generator`; in compiled code, from zero."""
-    generator = library_generator(device)
-    seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator, device=device))
-    return Noise(seed, device)
+def new_noise(device: torch.device, generator: torch.Generator | None = None) -> Noise:
+    """Return a source of new draws on ``device``, apart from the caller's global stream.
 
-
-def library_generator(device: torch.device) -> torch.Generator | None:
-    """Return the generator that this library draws from on ``device``, apart from the caller's global stream.
-
-    Inside ``torch.compile``, where generators do not trace, it is ``None``: the global stream.
+    Args:
+        device: Where the draws are made.
+        generator: Gives the seed; by default one that belongs to this library. In compiled code, where generators do
+            not trace, the seed is zero.
     """
     if torch.compiler.is_compiling():
-        return None
-    if device not in _generators:
-        _generators[device] = torch.Generator(device).manual_seed(torch.initial_seed())
-    return _generators[device]
+        return Noise(0, device)
+    if generator is None:
+        generator = _generators.setdefault(device, torch.Generator(device).manual_seed(torch.initial_seed()))
+    return Noise(int(torch.randint(2**62, (), generator=generator, device=generator.device)), device)

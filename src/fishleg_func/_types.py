@@ -43,6 +43,10 @@ class Slot(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
+    def zeros(self) -> Tensor:
+        """Return zeros of this shape, dtype and device."""
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
 
 class Linearization(NamedTuple):
     r"""A model linearized at its parameters, :math:`f(\theta + v) \approx f(\theta) + Jv`.

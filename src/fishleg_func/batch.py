@@ -45,7 +45,7 @@ class Runner:
         self.model, self.plan, self.likelihood, self.output, self.device = model, plan, likelihood, output, device
         self.capture = Capture(model, dict(plan.layers), output)
         self.unhooked: frozenset[str] = frozenset()  # layers whose hooks do not fire, or do not tell the whole gradient
-        self._verified = False  # whether the capture was compared with autograd, in an eager call
+        self._verified: set[tuple[str, str, bool]] = set()  # kinds of inputs at which it was compared with autograd
         self._values_checked = False  # whether the first targets' values were looked at
 
     def params(self) -> Params:
@@ -71,14 +71,13 @@ class Runner:
         leaves = [(f"inputs[{i}]", leaf) for i, leaf in enumerate(pytree.tree_leaves(inputs))]
         _checks.same_device(self.device, [*leaves, ("targets", targets)])
         slots = self.capture.discover(inputs)
-        if not self._verified and not torch.compiler.is_compiling():
-            self.unhooked = self._find_unhooked(inputs, slots)
-            self._verified = True
+        if not torch.compiler.is_compiling():
+            self._verify(inputs, slots)
         slots = {name: calls for name, calls in slots.items() if name not in self.unhooked}
         hooked = {name for b in self.plan.blocks if b.name in slots for name in b.names.values()}
         direct = {name: p for name, p in self.params().items() if name not in hooked}
         lin, seen = self.capture.linearize(inputs, direct, slots, twice=twice)
-        return Batch(self, inputs, targets, lin, Packing(self.plan.blocks, seen))
+        return Batch(self, inputs, targets, lin, Packing(self.plan.blocks, seen, slots))
 
     def likelihood_for(self, outputs: Tensor, targets: Tensor | None) -> Likelihood:
         """Return the likelihood, resolved and checked against the targets where there are any."""
@@ -97,25 +96,45 @@ class Runner:
             self.likelihood, self._values_checked = likelihood, True
         return likelihood
 
-    def _find_unhooked(self, inputs: Inputs, slots: Slots) -> frozenset[str]:
-        """Return the layers whose captured gradient is not autograd's: their weights are used outside of their call."""
+    def _verify(self, inputs: Inputs, slots: Slots) -> None:
+        """Find the layers whose captured gradient is not autograd's, once for each kind of inputs.
+
+        Their weights are used outside of their call, or the hook does not fire; autograd's gradient is taken for them.
+        """
+        key = self.capture.key(inputs)
+        if key in self._verified:
+            return
+        _checks.no_backward_hooks(self.model)
         with kept_random_state(self.model):
             lin, seen = self.capture.linearize(inputs, self.params(), slots, twice=False)
         pulled = lin.pullback(Noise(0, self.device).normal(lin.outputs))
-        captured = Packing(self.plan.blocks, seen).gradients(pulled)
-        wrong = {name for name in self.plan.layers if name not in slots}
-        for block in self.plan.blocks:
-            if block.name in slots:
-                truth = block.pack(pulled[1])
-                error = torch.linalg.vector_norm(dense(captured[block.name]) - truth)
-                if error > 10 * torch.finfo(truth.dtype).eps ** 0.5 * torch.linalg.vector_norm(truth):
-                    wrong.add(block.name)
-        return frozenset(wrong)
+        captured = Packing(self.plan.blocks, seen, slots).gradients(pulled)
+        truth = {block.name: block.pack(pulled[1]) for block in self.plan.blocks}
+        if not checksum(truth).isfinite():
+            return  # nothing can be told from this batch; the step will refuse it
+        silent = self.plan.layers.keys() - slots.keys()
+        wrong = {name for name in slots if _differ(dense(captured[name]), truth[name])}
+        self.unhooked |= silent | wrong
+        self._verified.add(key)
+
+
+def _differ(captured: Tensor, truth: Tensor) -> bool:
+    """Tell whether two gradients differ by more than arithmetic explains."""
+    tolerance = 10 * torch.finfo(truth.dtype).eps ** 0.5 * torch.linalg.vector_norm(truth)
+    return not bool(torch.linalg.vector_norm(captured - truth) <= tolerance)
 
 
 def checksum(u: Mapping[str, Packed]) -> Tensor:
-    """Return a 0-d tensor that is finite only if all entries are: their sum."""
-    return total(x.sum() for packed in u.values() for x in (packed if isinstance(packed, LowRank) else (packed,)))
+    """Return a 0-d tensor that is finite only if all entries are, those of the product where there are factors."""
+    return total(
+        (x.d.abs().sum(-1) * x.a.abs().sum(-1)).sum() if isinstance(x, LowRank) else x.sum() for x in u.values()
+    )
+
+
+def square_checksum(u: Mapping[str, Packed]) -> Tensor:
+    """Return a 0-d tensor that is finite only if all squares of entries, or of entries of the factors, are."""
+    parts = [part for x in u.values() for part in (x if isinstance(x, LowRank) else (x,))]
+    return total(part.square().sum() for part in parts)
 
 
 class Batch:
@@ -143,11 +162,11 @@ class Batch:
         return loss, g, checksum(g)
 
     def random_gradient(self, q: Mapping[str, QModule], noise: Noise) -> tuple[dict[str, Packed], Tensor]:
-        r"""Return a draw z with :math:`E[zz^\top] = F`, for the Q modules that gather statistics, and its checksum."""
+        r"""Return a draw z with :math:`E[zz^\top] = F`, for the Q modules with statistics, and its square checksum."""
         weight = self._likelihood.weight(self._lin.outputs, self._targets)
         pulled = self._lin.pullback(weight.sqrt() * self._likelihood.score(self._lin.outputs, noise))
         z = self._packing.statistics(pulled, q)
-        return z, checksum(z)
+        return z, square_checksum(z)
 
     def fisher(self, kind: str, noise: Noise) -> PackedMap:
         r"""Return :math:`v \mapsto Fv` over all blocks.
@@ -158,7 +177,7 @@ class Batch:
         """
         params = self._runner.params()
         if kind == "antithetic":
-            return self._antithetic(params)
+            return self._antithetic(params, noise)
         output_fisher = fisher.make_output_fisher(kind, self._likelihood, self._lin.outputs, self._targets, noise)
 
         def product(v: Mapping[str, Packed]) -> Mapping[str, Packed]:
@@ -167,10 +186,12 @@ class Batch:
 
         return product
 
-    def _antithetic(self, params: Params) -> PackedMap:
+    def _antithetic(self, params: Params, noise: Noise) -> PackedMap:
         blocks = self._runner.plan.blocks
         model, output = self._runner.model, self._runner.output
-        gradient = fisher.make_sampled_gradient(model, self._likelihood, self._inputs, self._targets, params, output)
+        gradient = fisher.make_sampled_gradient(
+            model, self._likelihood, self._inputs, self._targets, params, output, noise
+        )
 
         def product(v: Mapping[str, Packed]) -> Mapping[str, Packed]:
             moved: Params = {}

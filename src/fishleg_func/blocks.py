@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._trees import dense
 from ._types import LowRank, Packed, Params
-from .capture import Seen
+from .capture import Seen, Slots
 from .layers import LayerSpec
 from .qmodules import QModule
 
@@ -67,11 +67,11 @@ class Packing:
     Args:
         blocks: All blocks.
         seen: Inputs of the hooked layers, by block name, a list over calls.
+        slots: What was probed; a layer in it that was not called, or less often, has no gradient from the rest.
     """
 
-    def __init__(self, blocks: Sequence[Block], seen: Seen) -> None:
-        self.blocks = blocks
-        self.seen = seen
+    def __init__(self, blocks: Sequence[Block], seen: Seen, slots: Slots) -> None:
+        self.blocks, self.seen, self.slots = blocks, seen, slots
         self._rows: dict[str, Tensor] = {}
 
     def input_rows(self, block: Block) -> Tensor:
@@ -83,8 +83,10 @@ class Packing:
 
     def _packed(self, block: Block, pulled: Any, rows_wanted: bool | None) -> Packed:
         deltas, direct = pulled
-        if block.name not in self.seen:
+        if block.name not in self.slots:
             return block.pack(direct)
+        if block.name not in self.seen:
+            return self.slots[block.name][0].zeros().new_zeros(block.shape)
         spec = block.spec
         assert spec is not None
         xs, ds = self.seen[block.name], deltas[block.name]
@@ -108,9 +110,10 @@ class Packing:
         moved: Seen = {}
         direct: Params = {}
         for b in self.blocks:
-            if b.name in self.seen:
+            if b.name in self.slots:
                 assert b.spec is not None
-                moved[b.name] = [b.spec.tangent(x, v[b.name]) for x in self.seen[b.name]]
+                calls = [b.spec.tangent(x, v[b.name]) for x in self.seen.get(b.name, [])]
+                moved[b.name] = calls + [s.zeros() for s in self.slots[b.name][len(calls) :]]
             else:
                 direct |= b.unpack(dense(v[b.name]), params)
         return moved, direct

@@ -7,7 +7,7 @@ forming a weight gradient. Hooks are inert outside of a step, and ``torch.compil
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +89,12 @@ class Capture:
         _checks.tensor_output(out)
         return out
 
+    def key(self, inputs: Inputs) -> tuple[str, str, bool]:
+        """Return what the calls of layers may depend on: the structure and shapes of the inputs, and the mode."""
+        leaves, structure = pytree.tree_flatten(inputs)
+        shapes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return str(structure), repr(shapes), self.model.training
+
     def discover(self, inputs: Inputs) -> Slots:
         """Return how often each layer is called on such inputs, and what it returns; changes nothing.
 
@@ -100,9 +106,7 @@ class Capture:
         """
         if torch.compiler.is_compiling():
             return self._discover(inputs)
-        leaves, structure = pytree.tree_flatten(inputs)
-        shapes = tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        key = (str(structure), repr(shapes), self.model.training)
+        key = self.key(inputs)
         if key not in self._slots:
             with kept_random_state(self.model):
                 self._slots[key] = self._discover(inputs)
@@ -129,9 +133,7 @@ class Capture:
         Returns:
             The linearization, and the inputs of the hooked layers by name, a list over calls.
         """
-        probes = {
-            k: [torch.zeros(s.shape, dtype=s.dtype, device=s.device) for s in calls] for k, calls in slots.items()
-        }
+        probes = {name: [slot.zeros() for slot in calls] for name, calls in slots.items()}
 
         def run(probes: Seen, direct: Params) -> tuple[Tensor, Any]:
             record = _Record(probes)
@@ -245,4 +247,16 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(cpu)
         for i, state in zip(devices, cuda, strict=True):
             torch.cuda.set_rng_state(state, i)
+        raise
+
+
+@contextlib.contextmanager
+def tensors_restored_on_error(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Put tensors back to what they hold now if the block raises."""
+    saved = [t.detach().clone() for t in tensors]
+    try:
+        yield
+    except BaseException:
+        for tensor, value in zip(tensors, saved, strict=True):
+            tensor.copy_(value)
         raise

@@ -116,6 +116,10 @@ def fishlegify(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} must be a torch.nn.Module; pass the module itself")
     model = unwrapped(model)
+    if generator is not None:
+        _checks.kind("generator", generator, torch.Generator, "a torch.Generator")
+    if output is not None and not callable(output):
+        raise TypeError(f"output={output!r} must be a function from what the model returns to one tensor")
     options = Options(momentum, update_aux_every, aux_rule, precondition_aux, aux_batch_size, fisher, u, step_norm)
     _check(options, lr, beta, weight_decay, damping, aux_lr, aux_betas, aux_eps)
     likelihood = None if likelihood is None else as_likelihood(likelihood)
@@ -158,9 +162,7 @@ def _check(
     _checks.number("aux_lr", aux_lr, 0, math.inf, "use 0.2 with the relative rule, 1e-3 with Adam", low_open=True)
     _checks.number("weight_decay", weight_decay, 0, math.inf, "use 0 for none")
     _checks.number("beta", beta, 0, 1, "use 0.9, or 0 for no momentum")
-    _checks.number("update_aux_every", options.update_aux_every, 0, math.inf, "use 0 to never update λ")
-    if not isinstance(options.update_aux_every, int) or isinstance(options.update_aux_every, bool):
-        raise ValueError(f"update_aux_every={options.update_aux_every!r} must be an integer number of steps")
+    _checks.integer("update_aux_every", options.update_aux_every, 0, "use 0 to never update λ")
     _checks.choice("momentum", options.momentum, ("before", "after"))
     _checks.choice("aux_rule", options.aux_rule, auxiliary.RULES)
     _checks.choice("fisher", options.fisher, fisher.KINDS)
@@ -172,7 +174,9 @@ def _check(
             "must go with momentum='before'"
         )
     if options.aux_batch_size is not None:
-        _checks.number("aux_batch_size", options.aux_batch_size, 1, math.inf, "use None for the whole batch")
+        _checks.integer("aux_batch_size", options.aux_batch_size, 1, "use None for the whole batch")
+    if len(aux_betas) != 2:
+        raise ValueError(f"aux_betas={aux_betas} must be two numbers; use (0.9, 0.999)")
     for i, value in enumerate(aux_betas):
         _checks.number(f"aux_betas[{i}]", value, 0, 1, "use (0.9, 0.999)")
     _checks.number("aux_eps", aux_eps, 0, math.inf, "use 1e-8", low_open=True)

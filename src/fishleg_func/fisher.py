@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
-from ._noise import Noise, library_generator
+from ._noise import Noise, new_noise
 from ._resolve import as_likelihood
 from ._types import Inputs, Linearization, Params
 from .capture import (
@@ -48,7 +48,8 @@ def make_output_fisher(
     """
     weight = likelihood.weight(outputs, targets)
     if kind == "exact":
-        return lambda t: weight * likelihood.fisher(outputs, t)
+        output_fisher = likelihood.make_fisher(outputs, noise)
+        return lambda t: weight * output_fisher(t)
     if kind == "sampled":
         z = likelihood.score(outputs, noise)
         return lambda t: weight * z * likelihood.term_inner(z, t)
@@ -160,24 +161,18 @@ def fisher_vector_product(
         raise ValueError(
             "targets=None must be given for kind='empirical'; pass the observed targets, or use kind='exact'"
         )
-    generator = generator or library_generator(next(iter(v.values())).device)
+    noise = new_noise(next(iter(v.values())).device, generator)
     with torch.no_grad(), kept_random_state(model):
         if kind == "antithetic":
-            gradient = make_sampled_gradient(model, likelihood, inputs, targets, params, output, generator)
+            gradient = make_sampled_gradient(model, likelihood, inputs, targets, params, output, noise)
             product = antithetic_product(gradient, params, v)
         else:
             lin = linearize(model, inputs, {k: params[k] for k in v}, output)
             if targets is not None:
                 likelihood.check_shapes(lin.outputs, targets)
-            noise = _noise(generator, lin.outputs.device) if kind == "sampled" else Noise(0, lin.outputs.device)
             output_fisher = make_output_fisher(kind, likelihood, lin.outputs, targets, noise)
             product = lin.pullback(output_fisher(lin.pushforward(v)))
         return {k: product[k] + damping * v[k] for k in v}
-
-
-def _noise(generator: torch.Generator | None, device: torch.device) -> Noise:
-    seed = torch.randint(2**62, (), generator=generator, device=generator.device if generator else None)
-    return Noise(int(seed), device)
 
 
 def make_sampled_gradient(
@@ -187,7 +182,7 @@ def make_sampled_gradient(
     targets: Tensor | None,
     params: Params,
     output: Callable[[Any], Tensor] | None,
-    generator: torch.Generator | None = None,
+    noise: Noise,
 ) -> Callable[[Params], Params]:
     r"""Sample targets once, and return :math:`\theta \mapsto g(\theta)`, the gradient there.
 
@@ -200,7 +195,7 @@ def make_sampled_gradient(
         targets: Observations, whose mask the sampled ones take over.
         params: Where to sample.
         output: From what the model returns to natural parameters.
-        generator: Source of the targets; by default the library's own.
+        noise: Source of the targets.
 
     Returns:
         The gradient as a function of all parameters by name.
@@ -223,7 +218,6 @@ def make_sampled_gradient(
         return out
 
     at_params = outputs_at(params)
-    sampled = likelihood.sample(at_params, generator or library_generator(at_params.device))
-    sampled = likelihood.masked(sampled, targets)
+    sampled = likelihood.masked(likelihood.sample(at_params, noise.generator()), targets)
     gradient: Callable[[Params], Params] = torch.func.grad(lambda p: likelihood.nll(outputs_at(p), sampled))
     return gradient

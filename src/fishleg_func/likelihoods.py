@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks
-from ._noise import Noise, library_generator, library_noise
+from ._noise import Noise, new_noise
 
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "Poisson"]
 
@@ -126,12 +126,12 @@ class Likelihood(ABC):
 
         Args:
             outputs: Natural parameters, shape ``[N, ...]``.
-            noise: Source of the signs that built-in likelihoods use; the default draws with :meth:`sample`.
+            noise: Source of the draws: ``noise.rademacher(outputs)`` gives signs, ``noise.generator()`` a generator.
 
         Returns:
             A tensor shaped like ``outputs``.
         """
-        targets = self.sample(outputs, library_generator(outputs.device))
+        targets = self.sample(outputs, noise.generator())
         gradient: Callable[..., Tensor] = torch.func.grad(self.nll)
         return gradient(outputs, targets) / self.weight(outputs)
 
@@ -145,13 +145,28 @@ class Likelihood(ABC):
         Returns:
             H t, shaped like ``outputs``; not weighted by the number of terms.
         """
-        noise = library_noise(outputs.device)
+        return self._estimated_fisher(outputs, tangent, new_noise(outputs.device))
+
+    def _estimated_fisher(self, outputs: Tensor, tangent: Tensor, noise: Noise) -> Tensor:
         product = torch.zeros_like(outputs)
-        for _ in range(self.draws):
-            score = self.score(outputs, noise)
+        for draw in range(self.draws):
+            score = self.score(outputs, noise.fork(draw))
             product = product + score * self.term_inner(score, tangent)
-            noise.advance_()
         return product / self.draws
+
+    def make_fisher(self, outputs: Tensor, noise: Noise) -> Callable[[Tensor], Tensor]:
+        r"""Return :math:`t \mapsto Ht`, :meth:`fisher` at these outputs, its draws, if any, taken from ``noise``.
+
+        Args:
+            outputs: Natural parameters f, shape ``[N, ...]``.
+            noise: Source of the draws.
+
+        Returns:
+            A function of a tensor shaped like ``outputs``.
+        """
+        if getattr(self.fisher, "__func__", None) is Likelihood.fisher:
+            return lambda tangent: self._estimated_fisher(outputs, tangent, noise)
+        return lambda tangent: self.fisher(outputs, tangent)
 
     def check_shapes(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ``ValueError`` or ``TypeError`` where shapes or dtypes cannot be of this likelihood.

@@ -246,7 +246,8 @@ class QModule(nn.Module, ABC):
 class Dense(QModule):
     r"""One full matrix over all entries, for tiny shapes and tests: :math:`Q = L L^\top`.
 
-    Parameter: ``L`` ``[P, P]``, starting at the identity, P = m n being the number of entries; a leading axis for groups.
+    Parameter: ``L`` ``[P, P]``, starting at the identity, P = m n being the number of entries; a leading
+    axis for groups.
 
     Args:
         shape: ``(m, n)`` or ``(groups, m, n)``.

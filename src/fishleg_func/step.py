@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,7 +16,7 @@ from ._noise import Noise
 from ._trees import assign_, dense, inner, inverse_or_zero, total
 from ._types import Accuracy, Hyper, Inputs, Options, Packed, Params
 from .batch import Batch, PackedMap, Runner
-from .capture import kept_random_state, restored_on_error
+from .capture import kept_random_state, restored_on_error, tensors_restored_on_error
 from .likelihoods import Likelihood
 from .qmodules import QModule, Roots
 from .schedule import is_due, is_refresh
@@ -102,19 +101,14 @@ class FishLegStep:
         batch = self._runner.run(inputs, targets, twice=curvature)
         loss, g, checksum = batch.gradient()
         ok = self._require_finite(loss, checksum)
-        if curvature:
-            batch_for_q = self._auxiliary_batch(batch, inputs, targets)
-            with self._bases_restored_on_error():
-                _, ok = self._update_curvature(batch_for_q, g, refresh, ok)
-        m, p, beta = self._momentum, self._direction, self.hyper.beta
-        for name in self.q:
-            if self._before:
-                assign_(m[name], torch.lerp(dense(g[name]), m[name], beta), ok)
-            if self._before and curvature:  # Q has changed: p = Q m anew
-                direction = dense(self._apply_q(name, m[name]))
-            else:
-                direction = torch.lerp(dense(self._apply_q(name, g[name])), p[name], beta)
-            assign_(p[name], direction, ok)
+        with tensors_restored_on_error(self._q_state() if curvature else []):
+            if curvature:
+                _, ok = self._update_curvature(self._auxiliary_batch(batch, inputs, targets), g, refresh, ok)
+            m, p = self._averages(g, curvature)
+            ok = _both(ok, self._require_finite(loss, total(x.sum() for x in p.values())))
+        for kept, new in ((self._momentum, m), (self._direction, p)):
+            for name, value in new.items():
+                assign_(kept[name], value, ok)
         self._move(self._step_scales(), ok)
         for name, buffer in self.model.named_buffers():
             assign_(buffer, batch.buffers[name], ok)
@@ -122,6 +116,14 @@ class FishLegStep:
             self.skipped.add_((~ok).long())
         self._noise.advance_()
         return loss
+
+    def _averages(self, g: Mapping[str, Packed], q_changed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the new m and p = Q m; while Q stands, p is averaged beside m, from Q g with g factored."""
+        m, p, beta = self._momentum, self._direction, self.hyper.beta
+        m = {k: torch.lerp(dense(g[k]), m[k], beta) for k in m}
+        if m and q_changed:
+            return m, {k: dense(self._apply_q(k, m[k])) for k in m}
+        return m, {k: torch.lerp(dense(self._apply_q(k, g[k])), p[k], beta) for k in p}
 
     def _apply_q(self, name: str, u: Packed) -> Packed:
         q, roots = self.q[name], self._roots[name]
@@ -171,11 +173,10 @@ class FishLegStep:
     def _update_curvature(
         self, batch: Batch, g: Mapping[str, Packed], refresh: bool, ok: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Gather statistics, refresh bases where due, update λ; return A(λ), and ``ok`` with the statistics seen."""
+        """Gather statistics, refresh bases where due, update λ; return A(λ), and ``ok`` after the statistics."""
         if any(q.has_basis for q in self.q.values()):
-            z, checksum = batch.random_gradient(self.q, self._noise)
-            finite = self._require_finite(torch.zeros_like(checksum), checksum)
-            ok = finite if ok is None or finite is None else ok & finite
+            z, checksum = batch.random_gradient(self.q, self._noise.fork(1))
+            ok = _both(ok, self._require_finite(torch.zeros_like(checksum), checksum))
             for name, statistic in z.items():
                 self.q[name].gather_(statistic, ok)
                 if refresh:
@@ -184,29 +185,22 @@ class FishLegStep:
                 self._refresh_roots()
         if not self._options.update_aux_every:
             return torch.zeros_like(self.hyper.lr), ok
-        fisher = batch.fisher(self._options.fisher, self._noise)
+        fisher = batch.fisher(self._options.fisher, self._noise.fork(2))
         return self._update_lambda(self._probe_direction(g), fisher, ok), ok
 
-    @contextlib.contextmanager
-    def _bases_restored_on_error(self) -> Iterator[None]:
-        """Put statistics and bases back if the block raises, as a likelihood of one's own may; eager only."""
+    def _q_state(self) -> list[Tensor]:
+        """Return what a curvature update writes, for an exception to undo; nothing in compiled code, which has none."""
         if torch.compiler.is_compiling():
-            yield
-            return
-        saved = [(b, b.clone()) for q in self.q.values() for b in q.buffers()]
-        try:
-            yield
-        except BaseException:
-            for buffer, value in saved:
-                buffer.copy_(value)
-            self._refresh_roots()
-            raise
+            return []
+        named = [t for name, t in self._tensors().items() if name.startswith(("q.", "adam."))]
+        return [*named, *(root for roots in self._roots.values() for root in roots)]
 
     def _probe_direction(self, g: Mapping[str, Packed]) -> Mapping[str, Packed]:
         if self._options.u == "momentum":
             return {k: torch.lerp(dense(g[k]), m, self.hyper.beta) for k, m in self._momentum.items()}
         if self._options.u == "gaussian":
-            return {k: self._noise.normal(p, i) for i, (k, p) in enumerate(self._direction.items(), start=1)}
+            noise = self._noise.fork(3)
+            return {k: noise.normal(p, i) for i, (k, p) in enumerate(self._direction.items())}
         return g
 
     def _update_lambda(self, u: Mapping[str, Packed], fisher: PackedMap, ok: Tensor | None) -> Tensor:
@@ -217,8 +211,8 @@ class FishLegStep:
         )
         finite = probe.loss.isfinite()
         if torch.compiler.is_compiling():
-            ok = finite if ok is None else ok & finite
-            self.skipped.add_((~finite).long())
+            self.skipped.add_((~finite if ok is None else ok & ~finite).long())
+            ok = _both(ok, finite)
         elif not finite:
             self.skipped.add_(1)
             warnings.warn("A(λ) is not finite: this auxiliary update was left out; raise damping", stacklevel=2)
@@ -262,7 +256,7 @@ class FishLegStep:
                 source = batch if targets is not None else self._runner.run(*self._last, twice=False)  # type: ignore[misc]
                 loss, g, checksum = source.gradient()
                 self._require_finite(loss, checksum)
-            with self._bases_restored_on_error():
+            with tensors_restored_on_error(self._q_state()):
                 value, _ = self._update_curvature(batch, g, is_refresh(self._updates, 1), None)
         for name, m in self._momentum.items():
             self._direction[name].copy_(dense(self._apply_q(name, m)))
@@ -312,15 +306,15 @@ class FishLegStep:
         self._require_hooks()
         _checks.number("n", n, 1, float("inf"), "use a few probes, such as 8")
         with kept_random_state(self.model):
-            fisher = self._runner.run(inputs, None, twice=True).fisher("exact", self._noise)
+            fisher = self._runner.run(inputs, None, twice=True).fisher("exact", self._noise.fork(2))
 
         def residual(u: Mapping[str, Tensor]) -> dict[str, Tensor]:
             v = {k: self._apply_q(k, u[k]) for k in u}
             fv = fisher(v)
             return {k: dense(fv[k]) + self.hyper.damping * dense(v[k]) - u[k] for k in u}
 
-        salts = iter(range(1, 1 + n * len(self.q)))
-        probes = [{k: self._noise.normal(p, next(salts)) for k, p in self._direction.items()} for _ in range(n)]
+        noise, salts = self._noise.fork(3), iter(range(n * len(self.q)))
+        probes = [{k: noise.normal(p, next(salts)) for k, p in self._direction.items()} for _ in range(n)]
         self._noise.advance_()
         return diagnostics.accuracy(residual, probes)
 
@@ -393,3 +387,8 @@ class FishLegStep:
     ) -> None:
         """Remove the step."""
         self.remove()
+
+
+def _both(ok: Tensor | None, more: Tensor | None) -> Tensor | None:
+    """Return whether both hold, as 0-d tensors; ``None`` in eager code, where what does not hold has raised."""
+    return more if ok is None else ok if more is None else ok & more

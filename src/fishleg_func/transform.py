@@ -82,7 +82,7 @@ def select(
         names = ancestry(name)
         if not p.requires_grad:
             left_alone[name] = "frozen"
-        elif wanted and not any(_checks.matches(w, names) for w in wanted):
+        elif include is not None and not any(_checks.matches(w, names) for w in wanted):
             left_alone[name] = "not included"
         elif any(_checks.matches(w, names) for w in unwanted):
             left_alone[name] = "excluded"
