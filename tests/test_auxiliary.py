@@ -194,9 +194,8 @@ def test_update_aux_with_the_empirical_fisher_and_other_probes() -> None:
     S = reference.score_fisher(step.model, x, y, "categorical")
     check_updates(step, x, y, "categorical", count=2, curvature=S)
     step, x, y = learner("mlp", "gaussian", "kronecker", u="gaussian")
-    u = from_packed(
-        step.model, {k: step._noise.fork(3).normal(m, i) for i, (k, m) in enumerate(step._momentum.items())}
-    )
+    noise = step._noise.fork(3)
+    u = from_packed(step.model, {k: noise.normal(m, i) for i, (k, m) in enumerate(step._momentum.items())})
     check_updates(step, x, y, "gaussian", count=1, probe=u)
 
 
