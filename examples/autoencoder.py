@@ -10,7 +10,6 @@ more for as many epochs as fit in the seconds that FishLeg took. Only training i
 
 import argparse
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ import torch
 from einops import rearrange
 from matplotlib.figure import Figure, SubFigure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -72,8 +71,9 @@ class Method:
 
     name: str
     make: Callable[[nn.Module, bool], TrainStep]  # (model, whether to compile) -> its training step
-    rate: float  # at the start; it falls linearly to zero
-    epochs: int
+    rate: float  # at the start; it falls linearly to zero over the budget
+    epochs: int = 0
+    seconds: float = 0.0  # of training; where given, the budget instead of epochs
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,6 @@ class Run:
         """Where it ended."""
         return self.points[-1]
 
-    @property
-    def seconds_per_epoch(self) -> float:
-        """The median, which a slow first epoch does not move."""
-        return statistics.median(b.seconds - a.seconds for a, b in pairwise(self.points))
-
 
 @dataclass(frozen=True)
 class Results:
@@ -112,18 +107,28 @@ class Results:
     images: data.ImageSet
     fishleg: Run | None = None
     adamw: tuple[Run, ...] = ()  # one for each rate
-    equal_seconds: Run | None = None
+    longer: tuple[Run, ...] = ()  # AdamW again at each rate, for as many seconds as FishLeg took
 
     @property
     def best_adamw(self) -> Run | None:
         """The AdamW run with the lowest final test loss."""
-        finite = [run for run in self.adamw if math.isfinite(run.last.test_loss)]
-        return min(finite or self.adamw, key=lambda run: run.last.test_loss, default=None)
+        return best(self.adamw)
+
+    @property
+    def equal_seconds(self) -> Run | None:
+        """The longer AdamW run with the lowest final test loss."""
+        return best(self.longer)
 
     @property
     def shown(self) -> tuple[Run, ...]:
         """The runs that the table and the picture compare."""
         return tuple(run for run in (self.fishleg, self.best_adamw, self.equal_seconds) if run is not None)
+
+
+def best(runs: Sequence[Run]) -> Run | None:
+    """Return the run with the lowest final test loss, of those that are finite where any is."""
+    finite = [run for run in runs if math.isfinite(run.last.test_loss)]
+    return min(finite or runs, key=lambda run: run.last.test_loss, default=None)
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
@@ -234,7 +239,7 @@ def compare(config: Config, images: data.ImageSet, console: Console) -> Results:
     Returns:
         The runs.
     """
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     adamw = [Method(f"AdamW {rate:g}", make_adamw, rate, config.epochs) for rate in config.adamw_lr]
     fishleg = Method("FishLeg", make_fishleg, config.lr, config.epochs)
     results = Results(images)
@@ -244,10 +249,9 @@ def compare(config: Config, images: data.ImageSet, console: Console) -> Results:
         if config.optimizer != "adamw":
             results = replace(results, fishleg=train(config, images, fishleg, progress))
         if config.optimizer == "both":
-            best = results.best_adamw
-            epochs = math.ceil(results.fishleg.last.seconds / best.seconds_per_epoch)
-            longer = replace(best.method, name=f"{best.method.name}, equal seconds", epochs=epochs)
-            results = replace(results, equal_seconds=train(config, images, longer, progress))
+            seconds = results.fishleg.last.seconds
+            longer = [replace(method, name=f"{method.name}, equal seconds", seconds=seconds) for method in adamw]
+            results = replace(results, longer=tuple(train(config, images, method, progress) for method in longer))
     return results
 
 
@@ -272,20 +276,22 @@ def train(config: Config, images: data.ImageSet, method: Method, progress: Progr
     model = autoencoder(PROBLEMS[config.data], config.seed)
     train_step = method.make(model, config.compile)
     order = torch.Generator().manual_seed(config.seed)
-    steps = method.epochs * batches
-    task = progress.add_task(method.name, total=steps, status="")
-    seconds, step = 0.0, 0
+    task = progress.add_task(method.name, total=1.0, status="")
+    seconds, step, spent = 0.0, 0, 0.0  # spent: the part of the budget that is
     points = [Point(0, *evaluate(model, images), seconds)]
-    for epoch in range(1, method.epochs + 1):
+    while spent < 1:
         shuffled = torch.randperm(len(images.train), generator=order)
         for chosen in shuffled.split(config.batch_size)[:batches]:
+            if spent >= 1:
+                break
             began = time.perf_counter()
-            train_step(images.train[chosen], method.rate * (1 - step / steps))
+            train_step(images.train[chosen], method.rate * (1 - spent))
             seconds += time.perf_counter() - began
             step += 1
-            progress.advance(task)
-        points.append(Point(epoch, *evaluate(model, images), seconds))
-        progress.update(task, status=f"test loss {points[-1].test_loss:.2f}")
+            spent = seconds / method.seconds if method.seconds else step / (method.epochs * batches)
+            progress.update(task, completed=min(spent, 1.0))
+        points.append(Point(len(points), *evaluate(model, images), seconds))
+        progress.update(task, status=f"epoch {len(points) - 1}, test loss {points[-1].test_loss:.2f}")
     with torch.no_grad():
         return Run(method, tuple(points), model(images.test[:SHOWN]).sigmoid())
 
@@ -299,7 +305,7 @@ def evaluate(model: nn.Module, images: data.ImageSet) -> tuple[float, float]:
 
 def table(results: Results) -> Table:
     """Return the losses at epochs 1, 2, 5, 10, 20, 50, ... and at the end, in a section for each run compared."""
-    others = ", ".join(f"{run.method.name}: {run.last.test_loss:.2f}" for run in results.adamw)
+    others = "; ".join(f"{run.method.name}: {run.last.test_loss:.2f}" for run in (*results.adamw, *results.longer))
     made = Table(title=f"Autoencoder on {results.images.name}", caption=others and f"Final test loss of {others}")
     made.add_column("method")
     for name in ("epoch", "train loss", "test loss", "seconds"):

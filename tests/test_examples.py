@@ -167,7 +167,7 @@ def test_fishleg_learns_beside_adamw(autoencoder: ModuleType, capsys: pytest.Cap
     assert fishleg.points[0].test_loss == results.best_adamw.points[0].test_loss  # the same start
     longer = results.equal_seconds
     assert longer.method.rate == 3e-3
-    assert longer.method.epochs * results.best_adamw.seconds_per_epoch >= fishleg.last.seconds
+    assert fishleg.last.seconds <= longer.last.seconds < 1.5 * fishleg.last.seconds
     printed = capsys.readouterr().out
     assert "at equal epochs" in printed and "at equal seconds" in printed
 
@@ -196,7 +196,7 @@ def test_verdict_says_what_the_numbers_say(autoencoder: ModuleType, fishleg: flo
         return autoencoder.Run(method, points, torch.zeros(1, 64))
 
     images = importlib.import_module("data").digits()
-    runs = run("FishLeg", fishleg), (run("AdamW", rival),), run("AdamW, equal seconds", rival)
+    runs = run("FishLeg", fishleg), (run("AdamW", rival),), (run("AdamW, equal seconds", rival),)
     assert autoencoder.verdict(autoencoder.Results(images, *runs)).count(said) == 2
 
 
