@@ -4,8 +4,8 @@
     python examples/autoencoder.py --data fashion-mnist --epochs 5
 
 Every method starts from the same parameters, sees the same batches in the same order, and has its rate fall linearly to
-zero over its budget. AdamW runs at several rates, of which the best by final test loss counts; that rate then runs once
-more for as many epochs as fit in the seconds that FishLeg took. Only training is timed, not evaluation.
+zero over its budget. AdamW runs at several rates, for as many epochs as FishLeg and again for as many seconds; the best
+rate by final test loss counts, in each case. Only training is timed, not evaluation.
 """
 
 import argparse
