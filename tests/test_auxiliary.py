@@ -232,7 +232,7 @@ def test_at_the_exact_inverse_the_loss_is_least_and_nothing_moves(rule: str, pre
         precondition_aux=preconditioned, aux_eps=1e-4,
     )  # fmt: skip
     step.q["(root)"].L.copy_(torch.linalg.cholesky(inverse))
-    step._refresh_roots()
+    step._curvature.refresh_roots()
     before = lam_of(step)["(root)"]["L"]
     value = step.update_aux(x, y)
     twin = copy.deepcopy(model)
@@ -244,7 +244,7 @@ def test_at_the_exact_inverse_the_loss_is_least_and_nothing_moves(rule: str, pre
     assert (after - before).norm() <= 1e-9 * before.norm()
     batch = step._runner.run(x, y, twice=True)
     found = auxiliary.probe(
-        step.q, step._roots, batch.gradient()[1], batch.fisher("exact", step._noise), step.hyper.damping,
+        step.q, step._curvature.roots, batch.gradient()[1], batch.fisher("exact", step._noise), step.hyper.damping,
         unit=rule, preconditioned=preconditioned,
     )  # fmt: skip
     w, u = dense(found.w["(root)"]), dense(found.u["(root)"])
@@ -290,7 +290,7 @@ def test_the_relative_rule_is_invariant_to_the_scale_of_the_loss(family: str) ->
         randomize_(step)
         for q in step.q.values():
             q.scale_(torch.tensor(1 / c, dtype=torch.float64))
-        step._refresh_roots()
+        step._curvature.refresh_roots()
         values = []
         for _ in range(3):
             step._updates = 1
@@ -348,6 +348,6 @@ def test_an_exception_in_the_forward_leaves_everything_as_it_was(fisher: str, wh
 @pytest.mark.parametrize("rule", RATES)
 def test_the_checks_notice_a_rule_that_does_nothing(rule: str) -> None:
     step, x, y = learner("mlp", "gaussian", "kronecker", rule)
-    step._rule = lambda probe, q, ok: None
+    step._curvature.rule = lambda probe, q, ok: None
     with pytest.raises(AssertionError, match=r"update 1 of 0.L: relative error 1.00e\+00"):
         check_updates(step, x, y, "gaussian")

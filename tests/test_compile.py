@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -72,15 +73,16 @@ def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def run(case: Case, backend: str, steps: int) -> tuple[float, list[int]]:
+def run(case: Case, backend: str, steps: int, **options: Any) -> tuple[float, list[int]]:
     """Train twins, eager and compiled; return their distance after 2k steps, and the graph count after each step."""
     make, likelihood, shape, target = case
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = make()
     twin = copy.deepcopy(model)
-    eager = ff.fishlegify(model, likelihood, update_aux_every=EVERY)
-    step = ff.fishlegify(twin, likelihood, update_aux_every=EVERY)
+    options = {"update_aux_every": EVERY} | options
+    eager = ff.fishlegify(model, likelihood, **options)
+    step = ff.fishlegify(twin, likelihood, **options)
     compiled = torch.compile(step, fullgraph=True, backend=backend)
     counts, difference = [], 0.0
     for i, (x, y) in enumerate(batches(shape, target, steps)):
@@ -102,6 +104,27 @@ def test_whole_graphs_equal_eager_and_no_recompiles(name: str) -> None:
     difference, counts = run(CASES[name], "aot_eager", 200)
     assert difference <= 1e-5
     assert counts[2 * EVERY - 1 :] == [GRAPHS] * (200 - 2 * EVERY + 1)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {
+        "aux_rule": "adam",
+        "aux_lr": 1e-3,
+        "u": "momentum",
+        "q": {"0": "eigen", "1.weight": "scaled_kronecker", "3": "embedding"},
+    },
+    {"momentum": "after", "step_norm": None, "fisher": "sampled", "weight_decay": 0.1, "precondition_aux": True},
+    {"update_aux_every": 3, "aux_batch_size": 4, "step_norm": "kl", "u": "gaussian", "q": {"0": "dense"}},
+    {"update_aux_every": 0, "fisher": "empirical", "q": {"0": "kronecker", "3": "diagonal"}, "exclude": "1"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_compile_too(options: dict[str, Any]) -> None:
+    make, _, shape, target = CASES["batch, time, features"]
+    difference, counts = run((make, Categorical(), shape, target), "aot_eager", 24, **options)
+    assert difference <= 1e-5
+    assert max(counts) <= GRAPHS
 
 
 @pytest.mark.slow

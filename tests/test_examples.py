@@ -172,6 +172,13 @@ def test_fishleg_learns_beside_adamw(autoencoder: ModuleType, capsys: pytest.Cap
     assert "at equal epochs" in printed and "at equal seconds" in printed
 
 
+def test_fishleg_is_below_adamw_at_equal_epochs(autoencoder: ModuleType) -> None:
+    results = autoencoder.compare(
+        autoencoder.parse(["--epochs", "10"]), importlib.import_module("data").digits(), autoencoder.Console(quiet=True)
+    )
+    assert results.fishleg.last.test_loss < 0.9 * results.best_adamw.last.test_loss
+
+
 def test_methods_train_alike(autoencoder: ModuleType) -> None:
     arguments = ["--optimizer", "adamw", "--epochs", "1", "--adamw-lr", "1e-3", "1e-3", "--plot", ""]
     first, second = autoencoder.main(arguments).adamw

@@ -73,6 +73,6 @@ def test_kronecker_learns_a_kronecker_inverse(seed: int) -> None:
 @pytest.mark.parametrize("family", ["dense", "kronecker"])
 def test_the_checks_notice_a_rule_that_does_nothing(family: str) -> None:
     x, step = inputs(20, 0), learner(1.0, 1, 0, q=family)
-    step._rule = lambda probe, q, ok: None
+    step._curvature.rule = lambda probe, q, ok: None
     start, end = learned(step, x, reference.damped_inverse(x.T @ x / len(x), DAMPING), updates=3)
     assert start == end > BOUND

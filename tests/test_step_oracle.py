@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import fishleg_func as ff
 from fishleg_func import reference
+from fishleg_func.curvature import Curvature
 from fishleg_func.step import FishLegStep
 
 REFRESH, LEARN, PLAIN = 0, 10, 11  # values of the step counter at update_aux_every=10
@@ -308,11 +309,11 @@ def test_the_momentum_pair(family: str) -> None:
         step(x, y)
         for name, m in step._momentum.items():
             if kind == PLAIN:
-                assert_close(step._direction[name], step._apply_q(name, m), 1e-12, name)
+                assert_close(step._direction[name], step._curvature.apply(name, m), 1e-12, name)
             else:
-                assert torch.equal(step._direction[name], step._apply_q(name, m)), name
+                assert torch.equal(step._direction[name], step._curvature.apply(name, m)), name
     step.update_aux(x, y)
-    assert all(torch.equal(step._direction[k], step._apply_q(k, m)) for k, m in step._momentum.items())
+    assert all(torch.equal(step._direction[k], step._curvature.apply(k, m)) for k, m in step._momentum.items())
     assert_close(
         from_packed(step.model, step._direction), dense_q(step) @ from_packed(step.model, step._momentum), 1e-10
     )
@@ -326,7 +327,7 @@ def test_accuracy_is_the_dense_residual_on_the_same_probes(case: str) -> None:
     model, n, layout = step.model, 3, reference.block_indices(step.model)
     F, q = reference.fisher(model, x, "gaussian", sigma=SIGMA), dense_q(step)
     salts = iter(range(n * len(step.q)))
-    probes = [{k: step._noise.fork(3).normal(m, next(salts)) for k, m in step._momentum.items()} for _ in range(n)]
+    probes = [{k: step._meter.fork(3).normal(m, next(salts)) for k, m in step._momentum.items()} for _ in range(n)]
     us = [from_packed(model, p) for p in probes]
     residuals = [(F + 0.05 * torch.eye(len(F))) @ q @ u - u for u in us]
     before = snapshot(model)
@@ -351,7 +352,7 @@ def test_accuracy_is_zero_at_the_exact_inverse_and_known_at_the_identity() -> No
     where = reference.block_indices(model)["(root)"][0]
     inverse = reference.damped_inverse(F, 0.1)[where[:, None], where]
     step.q["(root)"].L.copy_(torch.linalg.cholesky(inverse))
-    step._refresh_roots()
+    step._curvature.refresh_roots()
     found = step.accuracy(x, n=20)
     assert found.overall < 1e-12 and set(found.layers) == {"(root)"} and found.layers["(root)"] < 1e-12
 
@@ -368,8 +369,8 @@ def test_the_order_of_the_examples_does_not_matter() -> None:
 
 IDENTITIES: dict[str, Callable[..., object]] = {
     "_move": lambda *_: None,  # θ stays
-    "_update_lambda": lambda *_: None,  # λ stays
-    "_apply_q": lambda _self, _name, u: u,  # Q = I
+    "update_lambda": lambda *_: None,  # λ stays
+    "apply": lambda _self, _name, u: u,  # Q = I
     "_step_scales": lambda self, *_: dict.fromkeys(self.q, torch.ones(())),  # s(p) = p
 }
 
@@ -377,10 +378,10 @@ IDENTITIES: dict[str, Callable[..., object]] = {
 @pytest.mark.parametrize("method", IDENTITIES)
 def test_the_checks_notice_a_part_that_is_the_identity(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     step, x, y = stepper("mlp", "gaussian")
-    monkeypatch.setattr(FishLegStep, method, IDENTITIES[method])
+    monkeypatch.setattr(FishLegStep if method.startswith("_") else Curvature, method, IDENTITIES[method])
     with pytest.raises(AssertionError, match="relative error"):
         check_steps(step, x, y, "gaussian", (LEARN,))
-    if method == "_apply_q":
+    if method == "apply":
         for check in (
             test_natural_gradient_is_dense_q_times_the_gradient_and_changes_nothing,
             test_accuracy_is_the_dense_residual_on_the_same_probes,

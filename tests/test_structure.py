@@ -17,6 +17,7 @@ LAYERS = (  # a module imports from its own layer, without cycles, and from thos
     {"layers", "capture", "blocks", "fisher"},
     {"auxiliary", "transform"},
     {"diagnostics", "batch"},
+    {"curvature"},
     {"step"},
     {"entry"},
     {"__init__"},

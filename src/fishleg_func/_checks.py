@@ -30,6 +30,26 @@ def no_backward_hooks(model: nn.Module) -> None:
         )
 
 
+Traits = dict[str, tuple[bool, torch.dtype, torch.device]]
+
+
+def traits(model: nn.Module) -> Traits:
+    """Return what a plan relies on, by parameter name: whether it is trained, its dtype and its device."""
+    return {name: (p.requires_grad, p.dtype, p.device) for name, p in model.named_parameters()}
+
+
+def unchanged_model(model: nn.Module, then: Traits, layers: Mapping[str, nn.Module]) -> None:
+    """Raise RuntimeError if parameters, ties, requires_grad, dtypes, devices or layers are not those of the plan."""
+    now, modules = traits(model), dict(model.named_modules())
+    changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    changed += [name for name, layer in layers.items() if layer is not model and modules.get(name) is not layer]
+    if changed:
+        raise RuntimeError(
+            f"the model has changed since fishlegify: {changed} (module, tie, requires_grad, dtype or device) must "
+            "stay; call remove() and fishlegify again"
+        )
+
+
 def kind(name: str, value: Any, kinds: type | tuple[type, ...], meant: str) -> None:
     """Raise TypeError unless ``value`` is of one of the types; a bool is no number."""
     if not isinstance(value, kinds) or isinstance(value, bool):
@@ -82,6 +102,12 @@ def broadcasts(name: str, shape: torch.Size, outputs: torch.Size) -> None:
         )
 
 
+def targets_given(targets: Any) -> None:
+    """Raise TypeError unless targets are a tensor."""
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets of type {type(targets).__name__} must be a tensor; use torch.as_tensor(targets)")
+
+
 def class_labels(outputs: Tensor, targets: Tensor) -> None:
     """Raise unless targets are integers, one for each position of the outputs but the last dimension."""
     if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
@@ -115,17 +141,17 @@ def same_device(where: torch.device, tensors: Iterable[tuple[str, Any]]) -> None
         raise ValueError(f"{', '.join(wrong)} must be on {where}, where the model is; move with .to({str(where)!r})")
 
 
-def finite_step(loss: Tensor, gradients: Tensor) -> None:
-    """Raise FloatingPointError unless the loss and the summed gradients are finite."""
+def finite_step(loss: Tensor, checksum: Tensor, what: str) -> None:
+    """Raise FloatingPointError unless the loss and a checksum are finite."""
     value = loss.item()
     if not math.isfinite(value):
         raise FloatingPointError(
             f"loss={value} must be finite; nothing was changed. Look for NaN or Inf in inputs and targets, "
             "or for a batch whose targets are all masked, or lower lr"
         )
-    if not math.isfinite(gradients.item()):
+    if not math.isfinite(checksum.item()):
         raise FloatingPointError(
-            f"a gradient is NaN or Inf at loss={value:g} and must be finite; nothing was changed. Look for overflow in "
+            f"{what} is NaN or Inf at loss={value:g} and must be finite; nothing was changed. Look for overflow in "
             "the backward pass (sqrt or log at 0, division by 0), or lower lr"
         )
 
@@ -148,6 +174,10 @@ def tangent(v: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
 def same_state(own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise ValueError unless two states have the same names and shapes."""
     missing, unknown = sorted(set(own) - set(given)), sorted(set(given) - set(own))
+    wrong_kind = [k for k in own if k in given and isinstance(own[k], Tensor) != isinstance(given[k], Tensor)]
+    wrong_kind += [k for k in own if isinstance(own[k], int) and k in given and not isinstance(given[k], int)]
+    if wrong_kind:
+        raise ValueError(f"the state has entries {wrong_kind} that are not what they must be: tensors, or integers")
     both = [k for k in own if k in given and isinstance(own[k], Tensor)]
     wrong = [
         f"{k}: {tuple(given[k].shape)} instead of {tuple(own[k].shape)}" for k in both if given[k].shape != own[k].shape

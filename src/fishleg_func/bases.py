@@ -19,9 +19,9 @@ __all__ = ["KFAC", "Diagonal", "Eigen", "Embedding"]
 def kronecker_statistics(z: Packed, left: Side, right: Side) -> dict[str, Tensor]:
     r"""Return ``cov_L`` and ``cov_R`` with :math:`F \approx cov_R \otimes cov_L`, from one random gradient z.
 
-    With rows (z = dᵀa) these are K-FAC's :math:`E[aa^\top]` over rows and :math:`\sum_\text{rows} dd^\top`. A dense z
-    gives :math:`Z^\top Z / t` and :math:`ZZ^\top / t`, :math:`t = \|Z\|_F`: exact in expectation, up to the scale t,
-    where F is a Kronecker product.
+    With rows (z = dᵀa) these are K-FAC's :math:`E[aa^\top]`, over rows with a gradient, and
+    :math:`\sum_\text{rows} dd^\top`. A dense z gives :math:`Z^\top Z / t` and :math:`ZZ^\top / t` with
+    :math:`t = \|Z\|_F`: exact in expectation, up to the scale t, where F is a Kronecker product.
 
     Args:
         z: A draw with :math:`E[zz^\top] = F`.
@@ -29,7 +29,10 @@ def kronecker_statistics(z: Packed, left: Side, right: Side) -> dict[str, Tensor
         right: The m-sided factor.
     """
     if isinstance(z, LowRank):
-        return {"cov_L": left.gram(z.a, z.a) / z.a.shape[-2], "cov_R": right.gram(z.d, z.d)}
+        counts = (z.d != 0).any(-1, keepdim=True).to(z.a.dtype)  # a row without gradient (masked, padded) is none
+        a, total = z.a * counts, counts.sum((-2, -1)).clamp(min=1)[..., None, None]
+        cov_l = left.gram(a, a)
+        return {"cov_L": cov_l / _like_blocks(total, cov_l), "cov_R": right.gram(z.d, z.d)}
     norm = torch.linalg.matrix_norm(z, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
     cov_l, cov_r = left.gram(z, z), right.gram(z.mT, z.mT)
     return {"cov_L": cov_l / _like_blocks(norm, cov_l), "cov_R": cov_r / _like_blocks(norm, cov_r)}
@@ -172,6 +175,7 @@ class KFAC(Kronecker):
         0.0625
     """
 
+    takes_rows = True
     C_L: Tensor
     C_R: Tensor
     cov_L: Tensor
@@ -186,8 +190,6 @@ class KFAC(Kronecker):
 
     def roots(self) -> Roots:
         return self.C_L @ self.L, self.R @ self.C_R.mT
-
-    takes_rows = True
 
     def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
         self._average_(kronecker_statistics(z, self.left, self.right), ok)
@@ -222,6 +224,7 @@ class Eigen(QModule):
         0.1
     """
 
+    takes_rows = True
     s: Tensor
     c: Tensor
     C_L: Tensor
@@ -261,8 +264,6 @@ class Eigen(QModule):
         C_L, C_R, root = self.roots()
         rotated = self.left.mul(root.square(), C_L.square().mT)
         return self.right.mul(rotated.mT, C_R.square().mT).mT
-
-    takes_rows = True
 
     def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
         self._average_(kronecker_statistics(z, self.left, self.right), ok)

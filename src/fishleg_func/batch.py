@@ -15,7 +15,7 @@ from ._resolve import resolve
 from ._trees import dense, total
 from ._types import Inputs, Linearization, LowRank, Packed, Params
 from .blocks import Packing
-from .capture import Capture, Slots, kept_random_state
+from .capture import Capture, Slots, StaleSlots, kept_random_state, restored_on_error
 from .likelihoods import Likelihood
 from .qmodules import QModule
 from .transform import Plan
@@ -46,7 +46,7 @@ class Runner:
         self.capture = Capture(model, dict(plan.layers), output)
         self.unhooked: frozenset[str] = frozenset()  # layers whose hooks do not fire, or do not tell the whole gradient
         self._verified: set[tuple[str, str, bool]] = set()  # kinds of inputs at which it was compared with autograd
-        self._values_checked = False  # whether the first targets' values were looked at
+        self._traits = _checks.traits(model)
 
     def params(self) -> Params:
         """Return the trained parameters, resolved by name now, so that replaced ones are found."""
@@ -67,12 +67,27 @@ class Runner:
         Raises:
             ValueError: If something is on another device, or targets do not fit the likelihood, or it is not known yet.
             TypeError: If output or targets have a wrong type.
+            RuntimeError: If autocast is on, or the model is not the one that was planned for.
         """
+        if torch.is_autocast_enabled(self.device.type):
+            raise RuntimeError(
+                "autocast is on, and must be off in a step: leave its context, and convert the model instead"
+            )
+        inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
         leaves = [(f"inputs[{i}]", leaf) for i, leaf in enumerate(pytree.tree_leaves(inputs))]
         _checks.same_device(self.device, [*leaves, ("targets", targets)])
-        slots = self.capture.discover(inputs)
-        if not torch.compiler.is_compiling():
-            self._verify(inputs, slots)
+        _checks.unchanged_model(self.model, self._traits, self.plan.layers)
+        if torch.compiler.is_compiling():
+            return self._run(inputs, targets, self.capture.discover(inputs), twice=twice)
+        try:
+            with restored_on_error(self.model):
+                slots = self.capture.discover(inputs)
+                self._verify(inputs, slots)
+                return self._run(inputs, targets, slots, twice=twice)
+        except StaleSlots:  # the calls of a layer depend on values or on chance: look at this very batch
+            return self._run(inputs, targets, self.capture.discover(inputs, anew=True), twice=twice)
+
+    def _run(self, inputs: Inputs, targets: Tensor | None, slots: Slots, *, twice: bool) -> Batch:
         slots = {name: calls for name, calls in slots.items() if name not in self.unhooked}
         hooked = {name for b in self.plan.blocks if b.name in slots for name in b.names.values()}
         direct = {name: p for name, p in self.params().items() if name not in hooked}
@@ -89,12 +104,16 @@ class Runner:
             return self.likelihood
         likelihood = self.likelihood or resolve(outputs, targets)
         likelihood.check_shapes(outputs, targets)
-        if not torch.compiler.is_compiling() and not self._values_checked:
+        if not torch.compiler.is_compiling():
             likelihood.check_values(outputs, targets)
-            if self.likelihood is None:
-                diagnostics.log_resolved(likelihood)
-            self.likelihood, self._values_checked = likelihood, True
         return likelihood
+
+    def settle(self, batch: Batch) -> None:
+        """Keep the likelihood that a batch resolved, once it is known to be a good one."""
+        if self.likelihood is None:
+            self.likelihood = batch.likelihood
+            if not torch.compiler.is_compiling():
+                diagnostics.log_resolved(batch.likelihood)
 
     def _verify(self, inputs: Inputs, slots: Slots) -> None:
         """Find the layers whose captured gradient is not autograd's, once for each kind of inputs.
@@ -125,7 +144,7 @@ def _differ(captured: Tensor, truth: Tensor) -> bool:
 
 
 def checksum(u: Mapping[str, Packed]) -> Tensor:
-    """Return a 0-d tensor that is finite only if all entries are, those of the product where there are factors."""
+    """Return a 0-d tensor that is finite only if all entries are: their sum, of factors a bound on the product's."""
     return total(
         (x.d.abs().sum(-1) * x.a.abs().sum(-1)).sum() if isinstance(x, LowRank) else x.sum() for x in u.values()
     )
@@ -153,18 +172,18 @@ class Batch:
     ) -> None:
         self._runner, self._inputs, self._targets, self._lin, self._packing = runner, inputs, targets, lin, packing
         self.buffers = lin.buffers
-        self._likelihood = runner.likelihood_for(lin.outputs, targets)
+        self.likelihood = runner.likelihood_for(lin.outputs, targets)
 
     def gradient(self) -> tuple[Tensor, dict[str, Packed], Tensor]:
         """Return the loss, its gradient by block, and its checksum."""
-        cotangent, loss = torch.func.grad_and_value(self._likelihood.nll)(self._lin.outputs, self._targets)  # type: ignore[arg-type]
+        cotangent, loss = torch.func.grad_and_value(self.likelihood.nll)(self._lin.outputs, self._targets)  # type: ignore[arg-type]
         g = self._packing.gradients(self._lin.pullback(cotangent))
         return loss, g, checksum(g)
 
     def random_gradient(self, q: Mapping[str, QModule], noise: Noise) -> tuple[dict[str, Packed], Tensor]:
         r"""Return a draw z with :math:`E[zz^\top] = F`, for the Q modules with statistics, and its square checksum."""
-        weight = self._likelihood.weight(self._lin.outputs, self._targets)
-        pulled = self._lin.pullback(weight.sqrt() * self._likelihood.score(self._lin.outputs, noise))
+        weight = self.likelihood.weight(self._lin.outputs, self._targets)
+        pulled = self._lin.pullback(weight.sqrt() * self.likelihood.score(self._lin.outputs, noise))
         z = self._packing.statistics(pulled, q)
         return z, square_checksum(z)
 
@@ -178,7 +197,7 @@ class Batch:
         params = self._runner.params()
         if kind == "antithetic":
             return self._antithetic(params, noise)
-        output_fisher = fisher.make_output_fisher(kind, self._likelihood, self._lin.outputs, self._targets, noise)
+        output_fisher = fisher.make_output_fisher(kind, self.likelihood, self._lin.outputs, self._targets, noise)
 
         def product(v: Mapping[str, Packed]) -> Mapping[str, Packed]:
             moved = self._lin.pushforward(self._packing.tangents(v, params))
@@ -190,7 +209,7 @@ class Batch:
         blocks = self._runner.plan.blocks
         model, output = self._runner.model, self._runner.output
         gradient = fisher.make_sampled_gradient(
-            model, self._likelihood, self._inputs, self._targets, params, output, noise
+            model, self.likelihood, self._inputs, self._targets, params, output, noise
         )
 
         def product(v: Mapping[str, Packed]) -> Mapping[str, Packed]:

@@ -89,12 +89,13 @@ class Packing:
             return self.slots[block.name][0].zeros().new_zeros(block.shape)
         spec = block.spec
         assert spec is not None
-        xs, ds = self.seen[block.name], deltas[block.name]
+        xs = self.seen[block.name]
+        ds = deltas[block.name][: len(xs)]
         if rows_wanted is None:
             rows_wanted = prefers_rows(block.shape, sum(d.numel() for d in ds) // math.prod(block.shape[:-1]))
         if rows_wanted:
             return LowRank(torch.cat([spec.output_rows(d) for d in ds], -2), self.input_rows(block))
-        gradients = [spec.gradient(x, d) for x, d in zip(xs, ds, strict=False)]
+        gradients = [spec.gradient(x, d) for x, d in zip(xs, ds, strict=True)]
         return gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(0)
 
     def gradients(self, pulled: Any) -> dict[str, Packed]:

@@ -22,6 +22,10 @@ Slots = dict[str, list[Slot]]
 Seen = dict[str, list[Tensor]]
 
 
+class StaleSlots(RuntimeError):
+    """A layer was called more often, or returned another shape, than in the discovery pass."""
+
+
 class _Record:
     """What the hooks see during one forward pass; without probes, a discovery pass."""
 
@@ -46,7 +50,7 @@ class Capture:
         self._ties = find_ties(model)
         self._record: _Record | None = None
         self._slots: dict[Any, Slots] = {}
-        self._handles = [m.register_forward_hook(self._hook(name), with_kwargs=True) for name, m in layers.items()]
+        self._handles = [m.register_forward_hook(_Hook(self, k), with_kwargs=True) for k, m in layers.items()]
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -54,26 +58,38 @@ class Capture:
             handle.remove()
         self._handles = []
 
-    def _hook(self, name: str) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
-            record = self._record
-            if record is None:
-                return None
-            if record.probes is None:
-                record.slots.setdefault(name, []).append(Slot(out.shape, out.dtype, out.device))
-                return None
-            if name not in record.probes:
-                return None
-            calls = record.seen.setdefault(name, [])
-            if len(calls) == len(record.probes[name]):
-                raise RuntimeError(
-                    f"layer {name!r} was called more than the {len(calls)} times seen before with inputs of this "
-                    f"shape; its calls must not depend on values or chance: exclude={name!r} leaves it out"
-                )
-            calls.append(args[0] if args else kwargs["input"])
-            return out + record.probes[name][len(calls) - 1]
+    def saw(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
+        """Record a layer's call, and return its output with a probe added; ``None`` outside of a step.
 
-        return hook
+        Args:
+            name: The layer's block.
+            args: What it was called with, by position.
+            kwargs: What it was called with, by keyword.
+            out: What it returned.
+
+        Returns:
+            What the layer's output becomes, or ``None`` to leave it.
+
+        Raises:
+            StaleSlots: If the discovery pass saw other calls.
+        """
+        record = self._record
+        if record is None:
+            return None
+        if record.probes is None:
+            record.slots.setdefault(name, []).append(Slot(out.shape, out.dtype, out.device))
+            return None
+        if name not in record.probes:
+            return None
+        probes, calls = record.probes[name], record.seen.setdefault(name, [])
+        if len(calls) == len(probes) or probes[len(calls)].shape != out.shape:
+            raise StaleSlots(
+                f"layer {name!r} returned shape {tuple(out.shape)} at its call {len(calls) + 1}, and must return what "
+                f"it did just before, in calls of shapes {[tuple(p.shape) for p in probes]}; let its calls depend on "
+                "nothing but the inputs and the global random stream"
+            )
+        calls.append(args[0] if args else kwargs["input"])
+        return out + probes[len(calls) - 1]
 
     @contextlib.contextmanager
     def _recording(self, record: _Record) -> Iterator[None]:
@@ -92,10 +108,10 @@ class Capture:
     def key(self, inputs: Inputs) -> tuple[str, str, bool]:
         """Return what the calls of layers may depend on: the structure and shapes of the inputs, and the mode."""
         leaves, structure = pytree.tree_flatten(inputs)
-        shapes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return str(structure), repr(shapes), self.model.training
+        kept = [tuple(x.shape) if isinstance(x, Tensor) else x for x in leaves if isinstance(x, (Tensor, bool, str))]
+        return str(structure), repr(kept), self.model.training
 
-    def discover(self, inputs: Inputs) -> Slots:
+    def discover(self, inputs: Inputs, *, anew: bool = False) -> Slots:
         """Return how often each layer is called on such inputs, and what it returns; changes nothing.
 
         In eager code this costs a forward pass for each new shape of inputs; in compiled code it is traced and drops
@@ -103,11 +119,15 @@ class Capture:
 
         Args:
             inputs: What the model is called with.
+            anew: Whether to look again at inputs of a kind that was seen before.
+
+        Returns:
+            What each call of each layer returns, by block name.
         """
         if torch.compiler.is_compiling():
             return self._discover(inputs)
         key = self.key(inputs)
-        if key not in self._slots:
+        if anew or key not in self._slots:
             with kept_random_state(self.model):
                 self._slots[key] = self._discover(inputs)
         return self._slots[key]
@@ -138,9 +158,10 @@ class Capture:
         def run(probes: Seen, direct: Params) -> tuple[Tensor, Any]:
             record = _Record(probes)
             buffers = cloned_buffers(self.model)
+            replaced = {**direct, **buffers}
             with self._recording(record), differentiable_kernels(self.model, twice=twice):
-                outputs = self._forward(inputs, {**direct, **buffers})
-            return outputs, (record.seen, buffers)
+                outputs = self._forward(inputs, replaced)
+            return outputs, (record.seen, {name: replaced[name] for name in buffers})
 
         outputs, pullback, (seen, buffers) = torch.func.vjp(run, probes, direct, has_aux=True)  # type: ignore[misc]
         return Linearization(outputs, pullback, pushforward_of(pullback, outputs), buffers), seen
@@ -183,16 +204,56 @@ def find_ties(model: nn.Module) -> Ties:
 
 
 def call_model(model: nn.Module, replaced: Params, inputs: Inputs, ties: Ties) -> Any:
-    """Call the model with some of its parameters and buffers replaced: a tensor, positional or keyword arguments."""
+    """Call the model with some tensors replaced; those that it reassigns are put into ``replaced``.
+
+    Args:
+        model: The model.
+        replaced: By name.
+        inputs: A tensor, positional or keyword arguments.
+        ties: From :func:`find_ties`.
+
+    Returns:
+        What the model returns.
+    """
     everywhere = replaced | {other: replaced[k] for k, others in ties.items() if k in replaced for other in others}
     args = () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
     kwargs = inputs if isinstance(inputs, dict) else None
-    return torch.func.functional_call(model, everywhere, args, kwargs, tie_weights=False)
+    out = torch.func.functional_call(model, everywhere, args, kwargs, tie_weights=False)
+    replaced.update({name: everywhere[name] for name in replaced})
+    return out
 
 
 def cloned_buffers(model: nn.Module) -> Params:
     """Return copies of the buffers, for a forward pass that may update them."""
     return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+class _Hook:
+    """A layer's forward hook; copies of the model (``copy.deepcopy``, ``pickle``) get an inert one.
+
+    Args:
+        capture: What it tells.
+        name: The layer's block.
+    """
+
+    def __init__(self, capture: Capture, name: str) -> None:
+        self.capture, self.name = capture, name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
+        """Tell the capture; what it returns replaces the layer's output."""
+        return self.capture.saw(self.name, args, kwargs, out)
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        """Become an inert hook in a copy."""
+        return _inert, ()
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """The inert hook."""
+
+
+def _inert() -> Callable[..., None]:
+    return _nothing
 
 
 @contextlib.contextmanager

@@ -163,6 +163,7 @@ def _check(
     _checks.number("weight_decay", weight_decay, 0, math.inf, "use 0 for none")
     _checks.number("beta", beta, 0, 1, "use 0.9, or 0 for no momentum")
     _checks.integer("update_aux_every", options.update_aux_every, 0, "use 0 to never update λ")
+    _checks.choice("precondition_aux", options.precondition_aux, (False, True))
     _checks.choice("momentum", options.momentum, ("before", "after"))
     _checks.choice("aux_rule", options.aux_rule, auxiliary.RULES)
     _checks.choice("fisher", options.fisher, fisher.KINDS)
@@ -175,7 +176,7 @@ def _check(
         )
     if options.aux_batch_size is not None:
         _checks.integer("aux_batch_size", options.aux_batch_size, 1, "use None for the whole batch")
-    if len(aux_betas) != 2:
+    if not isinstance(aux_betas, (tuple, list)) or len(aux_betas) != 2:
         raise ValueError(f"aux_betas={aux_betas} must be two numbers; use (0.9, 0.999)")
     for i, value in enumerate(aux_betas):
         _checks.number(f"aux_betas[{i}]", value, 0, 1, "use (0.9, 0.999)")

@@ -65,11 +65,12 @@ def linearize(
 
     def run(params: Params) -> tuple[Tensor, Params]:
         buffers = cloned_buffers(model)
+        replaced = {**params, **buffers}
         with differentiable_kernels(model, twice=True):
-            out = call_model(model, {**params, **buffers}, inputs, ties)
+            out = call_model(model, replaced, inputs, ties)
         out = out if output is None else output(out)
         _checks.tensor_output(out)
-        return out, buffers
+        return out, {name: replaced[name] for name in buffers}
 
     outputs, vjp, buffers = torch.func.vjp(run, params, has_aux=True)  # type: ignore[misc]
     pushforward = pushforward_of(lambda c: vjp(c)[0], outputs)
@@ -127,7 +128,8 @@ def fisher_vector_product(
         targets: Observations. Needed for ``"empirical"``; elsewhere only their mask counts.
         damping: γ, in the units of F.
         output: From what the model returns to one tensor of natural parameters.
-        generator: Source of the draws; by default the library's own, apart from the global stream.
+        generator: Source of the draws; by default the library's own, apart from the global stream and not reset by
+            ``torch.manual_seed``.
 
     Returns:
         A dict like ``v``.
@@ -161,6 +163,7 @@ def fisher_vector_product(
         raise ValueError(
             "targets=None must be given for kind='empirical'; pass the observed targets, or use kind='exact'"
         )
+    _checks.no_backward_hooks(model)
     noise = new_noise(next(iter(v.values())).device, generator)
     with torch.no_grad(), kept_random_state(model):
         if kind == "antithetic":

@@ -340,7 +340,7 @@ class Categorical(Likelihood):
         if targets is None:
             return outputs.new_full((), outputs.shape[-1] / outputs.numel())
         kept = (targets != self.ignore_index).to(outputs.dtype)
-        return (kept / kept.sum()).unsqueeze(-1)
+        return (kept / kept.sum().clamp(min=1)).unsqueeze(-1)
 
     def masked(self, sampled: Tensor, targets: Tensor | None) -> Tensor:
         return sampled if targets is None else torch.where(targets == self.ignore_index, self.ignore_index, sampled)

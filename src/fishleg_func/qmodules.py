@@ -48,6 +48,7 @@ class QModule(nn.Module, ABC):
         ValueError: If the shape has an empty axis or is not two- or three-dimensional.
     """
 
+    takes_rows = False  # whether gather_ is better served with factors over rows than with a dense gradient
     shape: tuple[int, ...]
     count: Tensor
 
@@ -212,8 +213,6 @@ class QModule(nn.Module, ABC):
             damping: γ, 0-d.
             ok: Where given and false, nothing is changed.
         """
-
-    takes_rows = False  # whether gather_ is better served with factors over rows than with a dense gradient
 
     @abstractmethod
     def flops(self) -> int:

@@ -17,5 +17,13 @@ def is_due(t: int, every: int) -> bool:
 
 
 def is_refresh(t: int, every: int) -> bool:
-    """Tell whether a curvature step refreshes the bases: at first each, then every second, and later every fifth."""
-    return (t // every) * (t % (2 * every) + (t // (10 * every)) * (t % (5 * every))) == 0
+    """Tell whether a curvature step refreshes the bases: at first each, then every second, and later every fourth.
+
+    Args:
+        t: Steps so far.
+        every: The cadence.
+
+    Returns:
+        One arithmetic expression, as in :func:`is_due`.
+    """
+    return (t // every) * (t % (2 * every) + (t // (10 * every)) * (t % (4 * every))) == 0

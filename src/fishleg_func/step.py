@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import weakref
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -15,10 +15,10 @@ from . import _checks, auxiliary, diagnostics
 from ._noise import Noise
 from ._trees import assign_, dense, inner, inverse_or_zero, total
 from ._types import Accuracy, Hyper, Inputs, Options, Packed, Params
-from .batch import Batch, PackedMap, Runner
+from .batch import Batch, Runner
 from .capture import kept_random_state, restored_on_error, tensors_restored_on_error
+from .curvature import Curvature, both, require_finite
 from .likelihoods import Likelihood
-from .qmodules import QModule, Roots
 from .schedule import is_due, is_refresh
 
 _DEFAULT_CADENCE = 10  # steps between statistics where update_aux_every=0 learns nothing
@@ -47,19 +47,19 @@ class FishLegStep:
 
     def __init__(self, runner: Runner, hyper: Hyper, options: Options, rule: auxiliary.Rule, seed: int) -> None:
         self.model, self.hyper = runner.model, hyper
-        self.q: dict[str, QModule] = dict(runner.plan.q)
-        self._runner, self._options, self._rule = runner, options, rule
-        self._roots: dict[str, Roots] = {k: tuple(r.detach().clone() for r in q.roots()) for k, q in self.q.items()}
+        self._runner, self._options = runner, options
+        self._curvature = Curvature(runner.plan.q, rule, hyper, options)
+        self.q, self.skipped = self._curvature.q, self._curvature.skipped
         self._before = options.momentum == "before"
         # p = Q m, by block, packed; and m, which momentum="after" does not keep
-        self._direction = {k: self._roots[k][0].new_zeros(q.shape) for k, q in self.q.items()}
+        self._direction = {k: roots[0].new_zeros(self.q[k].shape) for k, roots in self._curvature.roots.items()}
         self._momentum = {k: p.clone() for k, p in self._direction.items()} if self._before else {}
-        self._noise = Noise(seed, runner.device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=runner.device)
+        self._noise, self._meter = Noise(seed, runner.device), Noise(~seed, runner.device)  # of training, of accuracy()
         self._last: tuple[Inputs, Tensor] | None = None  # the last step's batch
         self._t = 0  # steps so far
         self._updates = 0  # calls of update_aux so far
         self._removed = False
+        weakref.finalize(self, runner.capture.remove)
 
     @property
     def likelihood(self) -> Likelihood | None:
@@ -84,28 +84,32 @@ class FishLegStep:
             TypeError: If the model's output or the targets have a wrong type.
         """
         self._require_hooks()
+        _checks.targets_given(targets)
         cadence = self._options.update_aux_every or _DEFAULT_CADENCE
         curvature = is_due(self._t, cadence)
         refresh = curvature and is_refresh(self._t, cadence)
         if torch.compiler.is_compiling():
             loss = self._step(inputs, targets, curvature, refresh)
         else:
+            self._sync()
             with restored_on_error(self.model):
                 loss = self._step(inputs, targets, curvature, refresh)
         self._t += 1
-        self._last = (inputs, targets)
+        self._last = _detached((inputs, targets))
         return loss
 
     def _step(self, inputs: Inputs, targets: Tensor, curvature: bool, refresh: bool) -> Tensor:
         """The algorithm, from a batch to new parameters."""
         batch = self._runner.run(inputs, targets, twice=curvature)
         loss, g, checksum = batch.gradient()
-        ok = self._require_finite(loss, checksum)
-        with tensors_restored_on_error(self._q_state() if curvature else []):
+        ok = require_finite(loss, checksum, "a gradient")
+        self._runner.settle(batch)
+        with tensors_restored_on_error(self._curvature.undoable() if curvature else []):
             if curvature:
-                _, ok = self._update_curvature(self._auxiliary_batch(batch, inputs, targets), g, refresh, ok)
+                batch_for_q = self._auxiliary_batch(batch, inputs, targets)
+                _, ok = self._curvature.update(batch_for_q, lambda: self._probe(g), self._noise, refresh=refresh, ok=ok)
             m, p = self._averages(g, curvature)
-            ok = _both(ok, self._require_finite(loss, total(x.sum() for x in p.values())))
+            ok = both(ok, require_finite(loss, total(x.sum() for x in p.values()), "the direction Q m"))
         for kept, new in ((self._momentum, m), (self._direction, p)):
             for name, value in new.items():
                 assign_(kept[name], value, ok)
@@ -122,12 +126,8 @@ class FishLegStep:
         m, p, beta = self._momentum, self._direction, self.hyper.beta
         m = {k: torch.lerp(dense(g[k]), m[k], beta) for k in m}
         if m and q_changed:
-            return m, {k: dense(self._apply_q(k, m[k])) for k in m}
-        return m, {k: torch.lerp(dense(self._apply_q(k, g[k])), p[k], beta) for k in p}
-
-    def _apply_q(self, name: str, u: Packed) -> Packed:
-        q, roots = self.q[name], self._roots[name]
-        return q.color(roots, q.whiten(roots, u))
+            return m, {k: dense(self._curvature.apply(k, m[k])) for k in m}
+        return m, {k: torch.lerp(dense(self._curvature.apply(k, g[k])), p[k], beta) for k in p}
 
     def _step_scales(self) -> dict[str, Tensor]:
         """Return s(p) / p of each block, a 0-d tensor."""
@@ -151,51 +151,24 @@ class FishLegStep:
             for name, direction in block.unpack(self._direction[block.name], params).items():
                 assign_(params[name], params[name] * keep - scale * direction, ok)
 
-    def _require_finite(self, loss: Tensor, checksum: Tensor) -> Tensor | None:
-        """Raise in eager code where a number is not finite; in compiled code return whether all are, as a tensor."""
-        if not torch.compiler.is_compiling():
-            _checks.finite_step(loss, checksum)
-            return None
-        return loss.isfinite() & checksum.isfinite()
-
     def _require_hooks(self) -> None:
         if self._removed:
             raise RuntimeError("this step was removed from its model, and must not be used; call fishlegify again")
 
-    def _auxiliary_batch(self, batch: Batch, inputs: Inputs, targets: Tensor | None) -> Batch:
+    def _auxiliary_batch(self, batch: Batch, inputs: Inputs, targets: Tensor) -> Batch:
         """Return the batch that curvature is taken from: the step's own, or its first ``aux_batch_size`` examples."""
         size = self._options.aux_batch_size
         if size is None:
             return batch
-        cut = pytree.tree_map(lambda x: x[:size] if isinstance(x, Tensor) and x.ndim else x, (inputs, targets))
-        return self._runner.run(*cut, twice=True)
+        n = len(targets)
 
-    def _update_curvature(
-        self, batch: Batch, g: Mapping[str, Packed], refresh: bool, ok: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Gather statistics, refresh bases where due, update λ; return A(λ), and ``ok`` after the statistics."""
-        if any(q.has_basis for q in self.q.values()):
-            z, checksum = batch.random_gradient(self.q, self._noise.fork(1))
-            ok = _both(ok, self._require_finite(torch.zeros_like(checksum), checksum))
-            for name, statistic in z.items():
-                self.q[name].gather_(statistic, ok)
-                if refresh:
-                    self.q[name].refresh_(self.hyper.damping, ok)
-            if refresh:
-                self._refresh_roots()
-        if not self._options.update_aux_every:
-            return torch.zeros_like(self.hyper.lr), ok
-        fisher = batch.fisher(self._options.fisher, self._noise.fork(2))
-        return self._update_lambda(self._probe_direction(g), fisher, ok), ok
+        def cut(x: Any) -> Any:
+            return x[:size] if isinstance(x, Tensor) and x.ndim and len(x) == n else x
 
-    def _q_state(self) -> list[Tensor]:
-        """Return what a curvature update writes, for an exception to undo; nothing in compiled code, which has none."""
-        if torch.compiler.is_compiling():
-            return []
-        named = [t for name, t in self._tensors().items() if name.startswith(("q.", "adam."))]
-        return [*named, *(root for roots in self._roots.values() for root in roots)]
+        return self._runner.run(pytree.tree_map(cut, inputs), targets[:size], twice=True)
 
-    def _probe_direction(self, g: Mapping[str, Packed]) -> Mapping[str, Packed]:
+    def _probe(self, g: Mapping[str, Packed]) -> Mapping[str, Packed]:
+        """Return the direction u on which Q is learned."""
         if self._options.u == "momentum":
             return {k: torch.lerp(dense(g[k]), m, self.hyper.beta) for k, m in self._momentum.items()}
         if self._options.u == "gaussian":
@@ -203,29 +176,15 @@ class FishLegStep:
             return {k: noise.normal(p, i) for i, (k, p) in enumerate(self._direction.items())}
         return g
 
-    def _update_lambda(self, u: Mapping[str, Packed], fisher: PackedMap, ok: Tensor | None) -> Tensor:
-        """Move λ by the rule; where A is not finite, λ stays."""
-        unit, preconditioned = self._options.aux_rule, self._options.precondition_aux
-        probe = auxiliary.probe(
-            self.q, self._roots, u, fisher, self.hyper.damping, unit=unit, preconditioned=preconditioned
-        )
-        finite = probe.loss.isfinite()
-        if torch.compiler.is_compiling():
-            self.skipped.add_((~finite if ok is None else ok & ~finite).long())
-            ok = _both(ok, finite)
-        elif not finite:
-            self.skipped.add_(1)
-            warnings.warn("A(λ) is not finite: this auxiliary update was left out; raise damping", stacklevel=2)
-            return probe.loss
-        self._rule(probe, self.q, ok)
-        self._refresh_roots()
-        return probe.loss
+    def _refresh_directions(self) -> None:
+        """Bring p = Q m up to date with Q."""
+        for name, m in self._momentum.items():
+            self._direction[name].copy_(dense(self._curvature.apply(name, m)))
 
-    def _refresh_roots(self) -> None:
-        """Bring what Q is made of up to date with λ and the bases."""
-        for name, q in self.q.items():
-            for kept, new in zip(self._roots[name], q.roots(), strict=True):
-                kept.copy_(new)
+    def _sync(self) -> None:
+        """Take up what was written into ``q`` from outside since the last eager call."""
+        if self._curvature.sync():
+            self._refresh_directions()
 
     @torch.no_grad()
     def update_aux(self, inputs: Inputs, targets: Tensor | None = None) -> Tensor:
@@ -249,17 +208,19 @@ class FishLegStep:
             raise ValueError("targets=None must be given with fisher='empirical'; pass the observed targets")
         if targets is None and self._options.u != "gaussian" and self._last is None:
             raise ValueError(f"targets=None must be given with u={self._options.u!r} before the first step")
+        self._sync()
         with kept_random_state(self.model):
             batch = self._runner.run(inputs, targets, twice=True)
             g: Mapping[str, Packed] = {}
             if self._options.u != "gaussian":
                 source = batch if targets is not None else self._runner.run(*self._last, twice=False)  # type: ignore[misc]
                 loss, g, checksum = source.gradient()
-                self._require_finite(loss, checksum)
-            with tensors_restored_on_error(self._q_state()):
-                value, _ = self._update_curvature(batch, g, is_refresh(self._updates, 1), None)
-        for name, m in self._momentum.items():
-            self._direction[name].copy_(dense(self._apply_q(name, m)))
+                require_finite(loss, checksum, "a gradient")
+                self._runner.settle(source)
+            refresh = is_refresh(self._updates, 1)
+            with tensors_restored_on_error(self._curvature.undoable()):
+                value, _ = self._curvature.update(batch, lambda: self._probe(g), self._noise, refresh=refresh, ok=None)
+        self._refresh_directions()
         self._updates += 1
         self._noise.advance_()
         return value
@@ -279,14 +240,17 @@ class FishLegStep:
             FloatingPointError: If the loss or a gradient is not finite.
         """
         self._require_hooks()
+        _checks.targets_given(targets)
+        self._sync()
         with kept_random_state(self.model):
             batch = self._runner.run(inputs, targets, twice=False)
         loss, g, checksum = batch.gradient()
-        self._require_finite(loss, checksum)
+        require_finite(loss, checksum, "a gradient")
+        self._runner.settle(batch)
         params = self._runner.params()
         natural: Params = {}
         for block in self._runner.plan.blocks:
-            natural |= block.unpack(dense(self._apply_q(block.name, g[block.name])), params)
+            natural |= block.unpack(dense(self._curvature.apply(block.name, g[block.name])), params)
         return natural
 
     @torch.no_grad()
@@ -304,18 +268,19 @@ class FishLegStep:
             ValueError: If n < 1, or the likelihood is not resolved yet.
         """
         self._require_hooks()
-        _checks.number("n", n, 1, float("inf"), "use a few probes, such as 8")
+        _checks.integer("n", n, 1, "use a few probes, such as 8")
+        self._sync()
         with kept_random_state(self.model):
-            fisher = self._runner.run(inputs, None, twice=True).fisher("exact", self._noise.fork(2))
+            fisher = self._runner.run(inputs, None, twice=True).fisher("exact", self._meter.fork(2))
 
         def residual(u: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            v = {k: self._apply_q(k, u[k]) for k in u}
+            v = {k: self._curvature.apply(k, u[k]) for k in u}
             fv = fisher(v)
             return {k: dense(fv[k]) + self.hyper.damping * dense(v[k]) - u[k] for k in u}
 
-        noise, salts = self._noise.fork(3), iter(range(n * len(self.q)))
+        noise, salts = self._meter.fork(3), iter(range(n * len(self.q)))
         probes = [{k: noise.normal(p, next(salts)) for k, p in self._direction.items()} for _ in range(n)]
-        self._noise.advance_()
+        self._meter.advance_()
         return diagnostics.accuracy(residual, probes)
 
     def report(self) -> diagnostics.Report:
@@ -328,21 +293,18 @@ class FishLegStep:
         direct = self._runner.unhooked | {b.name for b in plan.blocks if b.spec is None}
         momentum = {k: [self._momentum[k]] if self._before else [] for k in self.q}
         state = {
-            k: [*q.parameters(), *q.buffers(), *self._roots[k], self._direction[k], *momentum[k]]
+            k: [*q.parameters(), *q.buffers(), *self._curvature.roots[k], self._direction[k], *momentum[k]]
             for k, q in self.q.items()
         }
         return diagnostics.report(self.model, plan, direct, state, self.likelihood)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return all state that is kept between steps, by name: the tensors themselves."""
-        tensors = {f"hyper.{k}": t for k, t in vars(self.hyper).items()}
-        for name, q in self.q.items():
-            tensors |= {f"q.{name}.{k}": t for k, t in q.state_dict().items()}
-            tensors[f"direction.{name}"] = self._direction[name]
-        tensors |= {f"momentum.{name}": m for name, m in self._momentum.items()}
-        if isinstance(self._rule, auxiliary.Adam):
-            tensors |= {f"adam.{k}": t for k, t in self._rule.tensors().items()}
-        return {**tensors, "noise": self._noise.counter, "skipped": self.skipped}
+        hyper = {f"hyper.{k}": t for k, t in vars(self.hyper).items()}
+        direction = {f"direction.{k}": p for k, p in self._direction.items()}
+        momentum = {f"momentum.{k}": m for k, m in self._momentum.items()}
+        rest = {"noise": self._noise.counter, "skipped": self.skipped}
+        return {**hyper, **self._curvature.tensors(), **direction, **momentum, **rest}
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the step keeps: λ, bases, momentum, hyperparameters, counters, random numbers.
@@ -371,7 +333,7 @@ class FishLegStep:
         for name, tensor in own.items():
             tensor.copy_(state[name])
         self._t, self._updates = int(state["t"]), int(state["updates"])
-        self._refresh_roots()
+        self._curvature.refresh_roots()
 
     def remove(self) -> None:
         """Take the hooks off the model, which is then as it was before ``fishlegify``."""
@@ -389,6 +351,7 @@ class FishLegStep:
         self.remove()
 
 
-def _both(ok: Tensor | None, more: Tensor | None) -> Tensor | None:
-    """Return whether both hold, as 0-d tensors; ``None`` in eager code, where what does not hold has raised."""
-    return more if ok is None else ok if more is None else ok & more
+def _detached(batch: tuple[Inputs, Tensor]) -> tuple[Inputs, Tensor]:
+    """Return the batch without the caller's autograd graph."""
+    detached: tuple[Inputs, Tensor] = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, batch)
+    return detached

@@ -52,7 +52,10 @@ def ancestry(name: str) -> list[str]:
 
 
 def _as_list(patterns: str | Sequence[str] | None) -> list[str]:
-    return [] if patterns is None else [patterns] if isinstance(patterns, str) else list(patterns)
+    listed = [] if patterns is None else [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(listed, Sequence) or not all(isinstance(p, str) for p in listed):
+        raise TypeError(f"patterns {patterns!r} must be a glob or a list of globs, such as 'encoder.*'")
+    return list(listed)
 
 
 def select(
@@ -131,6 +134,7 @@ def make_plan(
 
     Raises:
         ValueError: If a pattern matches nothing, a family is unknown, or nothing is left to train.
+        TypeError: If a callable family does not make Q modules.
     """
     chosen, left_alone = select(model, include, exclude)
     layered = _layer_blocks(model, chosen)
@@ -149,6 +153,10 @@ def make_plan(
         label, factory = families[block.name]
         first = chosen[next(iter(block.names.values()))]
         modules[block.name] = factory(block.shape, dtype=first.dtype, device=first.device)
+        if not isinstance(modules[block.name], QModule):
+            raise TypeError(
+                f"q for {block.name!r} made a {type(modules[block.name]).__name__}, and must make a QModule"
+            )
         blocks[i] = Block(block.name, label, block.shape, block.names, block.spec)
     return Plan(tuple(blocks), {name: module for name, (_, module) in layered.items()}, modules, left_alone)
 
