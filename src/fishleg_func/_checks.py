@@ -141,6 +141,16 @@ def same_device(where: torch.device, tensors: Iterable[tuple[str, Any]]) -> None
         raise ValueError(f"{', '.join(wrong)} must be on {where}, where the model is; move with .to({str(where)!r})")
 
 
+def same_buffers(buffers: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
+    """Raise RuntimeError if the forward pass gave a buffer another shape or dtype."""
+    wrong = [k for k, b in buffers.items() if (b.shape, b.dtype) != (new[k].shape, new[k].dtype)]
+    if wrong:
+        raise RuntimeError(
+            f"the forward pass gave the buffers {wrong} another shape or dtype, and must keep both; nothing was "
+            "changed. Keep such values in plain attributes, or allocate the buffer at its full size"
+        )
+
+
 def finite_step(loss: Tensor, checksum: Tensor, what: str) -> None:
     """Raise FloatingPointError unless the loss and a checksum are finite."""
     value = loss.item()
@@ -152,7 +162,7 @@ def finite_step(loss: Tensor, checksum: Tensor, what: str) -> None:
     if not math.isfinite(checksum.item()):
         raise FloatingPointError(
             f"{what} is NaN or Inf at loss={value:g} and must be finite; nothing was changed. Look for overflow in "
-            "the backward pass (sqrt or log at 0, division by 0), or lower lr"
+            "the backward pass (sqrt or log at 0, division by 0), lower lr, or raise damping"
         )
 
 

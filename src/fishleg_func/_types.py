@@ -78,7 +78,7 @@ class Options:
     step_norm: str | None
 
 
-@dataclass
+@dataclass(eq=False)
 class Hyper:
     """Hyperparameters as 0-d tensors: ``hyper.lr.fill_(1e-3)`` takes effect at the next step and never recompiles.
 
@@ -97,6 +97,13 @@ class Hyper:
     weight_decay: Tensor
     beta: Tensor
     kl_clip: Tensor
+
+    def __setattr__(self, name: str, value: Tensor) -> None:
+        """Set each once: later the number changes in place, where compiled code and λ's rule see it."""
+        if name in vars(self) or name not in self.__dataclass_fields__:
+            known = ", ".join(self.__dataclass_fields__)
+            raise AttributeError(f"hyper.{name} = {value!r} must be hyper.NAME.fill_(value), NAME one of {known}")
+        super().__setattr__(name, value)
 
 
 class Accuracy(NamedTuple):

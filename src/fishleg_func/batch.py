@@ -45,7 +45,7 @@ class Runner:
         self.model, self.plan, self.likelihood, self.output, self.device = model, plan, likelihood, output, device
         self.capture = Capture(model, dict(plan.layers), output)
         self.unhooked: frozenset[str] = frozenset()  # layers whose hooks do not fire, or do not tell the whole gradient
-        self._verified: set[tuple[str, str, bool]] = set()  # kinds of inputs at which it was compared with autograd
+        self._verified: set[tuple[Any, ...]] = set()  # kinds of inputs at which it was compared with autograd
         self._traits = _checks.traits(model)
 
     def params(self) -> Params:
@@ -92,6 +92,10 @@ class Runner:
         hooked = {name for b in self.plan.blocks if b.name in slots for name in b.names.values()}
         direct = {name: p for name, p in self.params().items() if name not in hooked}
         lin, seen = self.capture.linearize(inputs, direct, slots, twice=twice)
+        if not torch.compiler.is_compiling() and seen.keys() != slots.keys():
+            raise StaleSlots(
+                f"the layers {sorted(slots.keys() - seen.keys())} were called just before, and now are not"
+            )
         return Batch(self, inputs, targets, lin, Packing(self.plan.blocks, seen, slots))
 
     def likelihood_for(self, outputs: Tensor, targets: Tensor | None) -> Likelihood:
@@ -180,12 +184,12 @@ class Batch:
         g = self._packing.gradients(self._lin.pullback(cotangent))
         return loss, g, checksum(g)
 
-    def random_gradient(self, q: Mapping[str, QModule], noise: Noise) -> tuple[dict[str, Packed], Tensor]:
-        r"""Return a draw z with :math:`E[zz^\top] = F`, for the Q modules with statistics, and its square checksum."""
+    def random_gradient(self, q: Mapping[str, QModule], noise: Noise) -> tuple[dict[str, Packed], Tensor, Tensor]:
+        r"""Return a draw z, :math:`E[zz^\top] = F`, for the statistics, its square checksum, and if there are terms."""
         weight = self.likelihood.weight(self._lin.outputs, self._targets)
         pulled = self._lin.pullback(weight.sqrt() * self.likelihood.score(self._lin.outputs, noise))
         z = self._packing.statistics(pulled, q)
-        return z, square_checksum(z)
+        return z, square_checksum(z), weight.sum() > 0
 
     def fisher(self, kind: str, noise: Noise) -> PackedMap:
         r"""Return :math:`v \mapsto Fv` over all blocks.

@@ -105,11 +105,11 @@ class Capture:
         _checks.tensor_output(out)
         return out
 
-    def key(self, inputs: Inputs) -> tuple[str, str, bool]:
-        """Return what the calls of layers may depend on: the structure and shapes of the inputs, and the mode."""
+    def key(self, inputs: Inputs) -> tuple[Any, ...]:
+        """Return what the calls of layers may depend on: shapes and flags of the inputs, modes of modules."""
         leaves, structure = pytree.tree_flatten(inputs)
-        kept = [tuple(x.shape) if isinstance(x, Tensor) else x for x in leaves if isinstance(x, (Tensor, bool, str))]
-        return str(structure), repr(kept), self.model.training
+        kept = [tuple(x.shape) if isinstance(x, Tensor) else x for x in leaves if isinstance(x, (Tensor, int, str))]
+        return str(structure), repr(kept), tuple(m.training for m in self.model.modules())
 
     def discover(self, inputs: Inputs, *, anew: bool = False) -> Slots:
         """Return how often each layer is called on such inputs, and what it returns; changes nothing.

@@ -65,10 +65,11 @@ class Curvature:
             FloatingPointError: If a statistic is not finite, before anything is changed (eager only).
         """
         if any(q.has_basis for q in self.q.values()):
-            z, checksum = batch.random_gradient(self.q, noise.fork(1))
+            z, checksum, any_terms = batch.random_gradient(self.q, noise.fork(1))
             ok = both(ok, require_finite(torch.zeros_like(checksum), checksum, "a statistic of the Fisher"))
+            gather = ok if self._options.aux_batch_size is None else both(ok, any_terms)  # a part may be all masked
             for name, statistic in z.items():
-                self.q[name].gather_(statistic, ok)
+                self.q[name].gather_(statistic, gather)
                 if refresh:
                     self.q[name].refresh_(self._hyper.damping, ok)
             if refresh:

@@ -343,6 +343,11 @@ class Categorical(Likelihood):
         return (kept / kept.sum().clamp(min=1)).unsqueeze(-1)
 
     def masked(self, sampled: Tensor, targets: Tensor | None) -> Tensor:
+        if bool((sampled == self.ignore_index).any()):
+            raise ValueError(
+                f"ignore_index={self.ignore_index} must be none of the classes where targets are sampled: such samples "
+                "would mask themselves; use -100"
+            )
         return sampled if targets is None else torch.where(targets == self.ignore_index, self.ignore_index, sampled)
 
     def event_dims(self, outputs: Tensor) -> tuple[int, ...]:

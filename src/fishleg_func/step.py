@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.utils._pytree as pytree
@@ -40,7 +40,7 @@ class FishLegStep:
 
     Attributes:
         model: The model that is trained.
-        q: Q module of each block, by name.
+        q: Q module of each block, by name. What is written into one is taken up by the next eager call.
         hyper: Hyperparameters, a :class:`Hyper` of 0-d tensors.
         skipped: 0-d tensor: compiled steps skipped, and auxiliary updates left out, for non-finite numbers.
     """
@@ -101,6 +101,7 @@ class FishLegStep:
     def _step(self, inputs: Inputs, targets: Tensor, curvature: bool, refresh: bool) -> Tensor:
         """The algorithm, from a batch to new parameters."""
         batch = self._runner.run(inputs, targets, twice=curvature)
+        _checks.same_buffers(dict(self.model.named_buffers()), batch.buffers)
         loss, g, checksum = batch.gradient()
         ok = require_finite(loss, checksum, "a gradient")
         self._runner.settle(batch)
@@ -197,13 +198,15 @@ class FishLegStep:
 
         Returns:
             :math:`A(\lambda)` before the update, a 0-d tensor; its minimum is
-            :math:`-\frac12 u^\top (F + \gamma I)^{-1} u`.
+            :math:`-\frac12 u^\top (F + \gamma I)^{-1} u`. Zero with ``update_aux_every=0``, which never moves λ.
 
         Raises:
             ValueError: If targets are needed and there are none.
             FloatingPointError: If the loss or a gradient is not finite; nothing is changed.
         """
         self._require_hooks()
+        if targets is not None:
+            _checks.targets_given(targets)
         if targets is None and self._options.fisher == "empirical":
             raise ValueError("targets=None must be given with fisher='empirical'; pass the observed targets")
         if targets is None and self._options.u != "gaussian" and self._last is None:
@@ -306,6 +309,7 @@ class FishLegStep:
         rest = {"noise": self._noise.counter, "skipped": self.skipped}
         return {**hyper, **self._curvature.tensors(), **direction, **momentum, **rest}
 
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the step keeps: λ, bases, momentum, hyperparameters, counters, random numbers.
 
@@ -315,6 +319,7 @@ class FishLegStep:
         Returns:
             Copies of tensors by name, and two integers; ``torch.load(..., weights_only=True)`` reads it.
         """
+        self._sync()
         counts = {"t": self._t, "updates": self._updates}
         return {**{k: t.detach().clone() for k, t in self._tensors().items()}, **counts}
 
@@ -339,6 +344,17 @@ class FishLegStep:
         """Take the hooks off the model, which is then as it was before ``fishlegify``."""
         self._runner.capture.remove()
         self._removed = True
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied or pickled: hooks belong to one model.
+
+        Raises:
+            TypeError: Always, with what to do instead.
+        """
+        raise TypeError(
+            "a FishLegStep must not be copied or pickled: copy or save the model, call fishlegify on the copy, and "
+            "load_state_dict(step.state_dict())"
+        )
 
     def __enter__(self) -> Self:
         """Return the step; leaving the block removes it."""

@@ -89,6 +89,8 @@ def select(
             left_alone[name] = "not included"
         elif any(_checks.matches(w, names) for w in unwanted):
             left_alone[name] = "excluded"
+        elif isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(f"parameter {name!r} of a lazy module must be initialized: run the model on a batch first")
         elif p.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"parameter {name!r} of dtype {p.dtype} must be float32 or float64: convert the model with .float(), "
