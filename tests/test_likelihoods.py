@@ -113,7 +113,7 @@ def test_ignored_positions_are_not_terms(lead: tuple[int, ...], ignore: int) -> 
     close(weight.sum(), torch.tensor(1.0, dtype=torch.float64))
     assert torch.equal(weight.squeeze(-1) == 0, y == ignore)
     assert torch.equal(likelihood.masked(torch.ones_like(y), y), torch.where(y == ignore, ignore, 1))
-    assert torch.equal(likelihood.masked(y, None), y)
+    assert torch.equal(likelihood.masked(torch.ones_like(y), None), torch.ones_like(y))
     likelihood.check_shapes(f, y)
     likelihood.check_values(f, y)
 
