@@ -175,7 +175,7 @@ def randomize_(step: FishLegStep, seed: int = 0, size: float = 0.2) -> None:
     """Move every λ and basis off its start, so that nothing holds only at the identity."""
     for i, q in enumerate(step.q.values()):
         randomize_q_(q, seed + 10 * i, size)
-    step._curvature.refresh_roots()
+    step._curvature.renew()
 
 
 @torch.no_grad()
@@ -221,7 +221,8 @@ def snapshot(model: nn.Module, step: FishLegStep | None = None) -> dict[str, Any
     if step is not None:
         state["q"] = {k: {n: t.clone() for n, t in q.state_dict().items()} for k, q in step.q.items()}
         state["step"] = [
-            t.clone() for t in tensors_in([step._momentum, step._direction, step._curvature.roots, step._noise.counter])
+            t.clone()
+            for t in tensors_in([step._momentum, step._direction, step._curvature.operators, step._noise.counter])
         ]
         state["hyper"] = {k: t.clone() for k, t in vars(step.hyper).items()}
     return state

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fishleg_func import LowRank, QModule, reference
-from fishleg_func.bases import whitening_root
+from fishleg_func._trees import dense
 from fishleg_func.families import FAMILIES
+from fishleg_func.qmodules import Gradients
 
 MAX_DIM = 3  # longer sides become block-diagonal, and 5 and 7 are padded
 
@@ -51,10 +52,6 @@ def oracle(case: Case, lam: dict[str, Tensor] | None = None) -> Tensor:
     return reference.dense_q(case.name, case.lam if lam is None else lam, basis, shape=case.q.shape)
 
 
-def dense(u: Tensor | LowRank) -> Tensor:
-    return u.d.mT @ u.a if isinstance(u, LowRank) else u
-
-
 def close(actual: Tensor | LowRank, expected: Tensor, case: Case) -> None:
     actual, expected = dense(actual).double(), expected.double()
     tolerance = 1e-9 if case.dtype == torch.float64 else 2e-4
@@ -76,9 +73,11 @@ def decoupled(x: Tensor, dim: int) -> Tensor:
     return torch.where(kept.unsqueeze(-1) & kept.unsqueeze(-2), x, torch.eye(size).to(x))
 
 
-def build(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int, log_condition: float) -> Case:
+def build(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int, log_condition: float, max_dim: int = MAX_DIM
+) -> Case:
     source = torch.Generator().manual_seed(seed)
-    q = FAMILIES[name](shape, max_dim=math.prod(shape) if name == "dense" else MAX_DIM, dtype=dtype)
+    q = FAMILIES[name](shape, max_dim=math.prod(shape) if name == "dense" else max_dim, dtype=dtype)
     case = Case(name, q, source)
     for k in range(2):
         q.gather_(case.probe(factored=k == 0))
@@ -159,6 +158,12 @@ def check_factored_probe(case: Case) -> None:
     close(case.q(u), case.q(dense(u)), case)
 
 
+def check_operator(case: Case) -> None:
+    u = case.probe(factored=True)
+    for form in (u, dense(u)):
+        close(dense(case.q.act(case.q.operator(), form)), case.q(dense(u)), case)
+
+
 def check_functional_call(case: Case) -> None:
     other = {key: 1.1 * x for key, x in case.lam.items()}
     u, before = case.probe(), {key: x.clone() for key, x in case.lam.items()}
@@ -202,9 +207,9 @@ def relative_by_autograd(case: Case, u: Tensor, w: Tensor) -> dict[str, Tensor]:
     return {key: product[key](x.detach(), slopes[key]) for key, x in lam.items()}
 
 
-def relative(case: Case, u: Tensor | LowRank, w: Tensor | LowRank) -> dict[str, Tensor]:
-    q, roots = case.q, case.q.roots()
-    return q.relative(roots, u, w, q.whiten(roots, u), q.whiten(roots, w))
+def relative(case: Case, u: Tensor | LowRank, w: Tensor | LowRank) -> Gradients:
+    q, operator = case.q, case.q.operator()
+    return q.relative(operator, u, q.act(operator, u), w)
 
 
 def check_relative(case: Case, factored: tuple[bool, bool] = (False, False)) -> None:
@@ -212,18 +217,22 @@ def check_relative(case: Case, factored: tuple[bool, bool] = (False, False)) -> 
     actual, expected = relative(case, u, w), relative_by_autograd(case, dense(u), dense(w))
     assert actual.keys() == expected.keys()
     for key, x in expected.items():
-        close(actual[key], x, case)
+        close(dense(actual[key]), x, case)
 
 
-def check_retract(case: Case) -> None:
-    gradients = relative(case, case.probe(), case.probe())
+def check_retract(case: Case, rows: int | None = None) -> None:
+    u, w = (case.probe(factored=rows is not None, rows=rows or 0) for _ in range(2))
+    operator, factored = case.q.operator(), relative(case, u, w)
+    gradients = {key: dense(g) for key, g in factored.items()}
     # the reference takes plain gradients: d, where G = L^T d or d R^T
     solve = {"L": lambda x, g: torch.linalg.solve(x.mT, g), "R": lambda x, g: torch.linalg.solve(x.mT, g, left=False)}
     plain = {key: solve[key](case.lam[key], g) if key in solve else g for key, g in gradients.items()}
     expected = reference.relative_update(case.name, case.lam, plain, 0.2)
-    case.q.retract_(gradients, torch.tensor(0.2, dtype=torch.float64))
+    case.q.retract_(operator, factored, torch.tensor(0.2, dtype=torch.float64))
     for key, x in expected.items():
         close(case.lam[key], x, case)
+    v = case.probe()
+    close(case.q.act(operator, v), case.q(v), case)  # moved along with λ
 
 
 @every_family
@@ -241,10 +250,14 @@ def test_nothing_changes_where_not_ok(name: str) -> None:
     case, no = build(name, (2, 3, 2), torch.float64, 0, 0.5), torch.tensor(False)
     before = {key: x.clone() for key, x in case.q.state_dict().items()}
     gradients = relative(case, case.probe(), case.probe())
-    case.q.retract_({key: torch.full_like(g, math.nan) for key, g in gradients.items()}, torch.tensor(0.2), no)
+    operator = case.q.operator()
+    kept = [t.clone() for t in operator]
+    broken = {key: dense(g) * math.nan for key, g in gradients.items()}
+    case.q.retract_(operator, broken, torch.tensor(0.2), no)
     case.q.gather_(case.probe() * math.nan, no)
     assert all(torch.equal(before[key], x) for key, x in case.q.state_dict().items())
-    case.q.retract_(gradients, torch.tensor(0.2), ~no)
+    assert all(map(torch.equal, kept, operator))
+    case.q.retract_(operator, gradients, torch.tensor(0.2), ~no)
     case.q.gather_(case.probe(), ~no)
     assert not any(torch.equal(before[key], case.q.state_dict()[key]) for key in gradients)
     assert not case.q.has_basis or case.q.count == before["count"] + 1
@@ -253,7 +266,7 @@ def test_nothing_changes_where_not_ok(name: str) -> None:
 def walk_(case: Case, adam: bool) -> None:
     u, w = case.probe(), case.probe()
     if not adam:
-        return case.q.retract_(relative(case, u, w), torch.tensor(0.2))
+        return case.q.retract_(case.q.operator(), relative(case, u, w), torch.tensor(0.2))
     lam = {key: x.requires_grad_() for key, x in case.lam.items()}
     slopes = torch.autograd.grad((w * dense(functional_call(case.q, lam, (u,)))).sum(), list(lam.values()))
     for p, slope in zip(case.q.parameters(), slopes, strict=True):
@@ -280,76 +293,6 @@ def test_saturated_scales_stay_positive_definite(name: str, far: float) -> None:
     case = build(name, (2, 3), torch.float32, 0, 0.0)
     case.q.get_parameter("s").data.fill_(far)
     assert case.q.diagonal().isfinite().all() and (case.q.diagonal() > 0).all()
-
-
-# --- the basis, against closed forms ---
-
-
-def covariance(z: Tensor | LowRank, axis: str) -> Tensor:
-    """K-FAC's factors of one batch, for one group."""
-    if isinstance(z, LowRank):
-        return z.a.mT @ z.a / len(z.a) if axis == "L" else z.d.mT @ z.d
-    return (z.mT @ z if axis == "L" else z @ z.mT) / z.norm()
-
-
-def basis_q(name: str, zs: list[Any], weights: Tensor, damping: float) -> Tensor:
-    """Q at λ = identity of one group after batches ``zs``: the inverse of what the family takes for F."""
-    dense_zs = torch.stack([dense(z) for z in zs])
-    if name == "diagonal":
-        return torch.diag(1 / (torch.einsum("t,tmn->mn", weights, dense_zs**2) + damping).reshape(-1))
-    zs = dense_zs if name == "embedding" else zs
-    cov = {axis: sum(w * covariance(z, axis) for w, z in zip(weights, zs, strict=True)) for axis in "LR"}
-    cov["R"] = torch.diag(cov["R"].diagonal()) if name == "embedding" else cov["R"]
-    eye = {axis: torch.eye(len(x)).double() for axis, x in cov.items()}
-    sizes = {1: 1, 2: 2, 3: 3, 4: 1, 5: 1} if name == "eigen" else {1: 1, 2: 2, 3: 3, 4: 2, 5: 3}
-    block = {axis: torch.arange(len(x)) // sizes[len(x)] for axis, x in cov.items()}
-    cov = {axis: x * (block[axis][:, None] == block[axis]) for axis, x in cov.items()}  # long sides in blocks
-    if name == "eigen":
-        return torch.linalg.inv(torch.kron(cov["R"], cov["L"]) + damping * torch.kron(eye["R"], eye["L"]))
-    pi = math.sqrt(cov["L"].diagonal().mean() / cov["R"].diagonal().mean())
-    rho = {"L": math.sqrt(damping) * pi, "R": math.sqrt(damping) / pi}
-    K = {axis: torch.linalg.inv(cov[axis] + rho[axis] * eye[axis]) for axis in "LR"}
-    return torch.kron(K["R"], K["L"])
-
-
-@pytest.mark.parametrize("name", ["kfac", "eigen", "diagonal", "embedding"])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (5, 4), (2, 3, 2), (2, 2, 5)])
-@pytest.mark.parametrize("factored", [False, True])
-@pytest.mark.parametrize("batches", [1, 20, 25])
-def test_basis_is_that_of_the_running_mean(name: str, shape: tuple[int, ...], factored: bool, batches: int) -> None:
-    case = Case(name, FAMILIES[name](shape, max_dim=MAX_DIM, dtype=torch.float64), torch.Generator().manual_seed(3))
-    zs = [case.probe(factored=factored, rows=4) for _ in range(batches)]
-    for z in zs:
-        case.q.gather_(z)
-    close(case.q.dense(), torch.eye(math.prod(shape)), case)  # until it is refreshed
-    case.q.refresh_(torch.tensor(0.3, dtype=torch.float64))
-    weights = torch.ones(1, dtype=torch.float64)
-    for k in range(2, batches + 1):  # a plain mean at first, exponential from batch 20 on
-        newest = torch.full((1,), max(1 / k, 0.05), dtype=torch.float64)
-        weights = torch.cat((weights * (1 - newest), newest))
-    groups = range(shape[0]) if len(shape) == 3 else [...]
-    parts = [[LowRank(z.d[g], z.a[g]) if factored else z[g] for z in zs] for g in groups]
-    close(case.q.dense(), torch.block_diag(*(basis_q(name, part, weights, 0.3) for part in parts)), case)
-
-
-def test_whitening_root_keeps_the_basis_where_the_factorization_fails() -> None:
-    cov = torch.stack((4 * torch.eye(2), -torch.eye(2), torch.full((2, 2), math.nan)))
-    root = whitening_root(cov, torch.zeros(3), previous=7 * torch.ones(3, 2, 2))
-    assert torch.equal(root, torch.stack((0.5 * torch.eye(2), 7 * torch.ones(2, 2), 7 * torch.ones(2, 2))))
-    cov = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
-    root = whitening_root(cov, torch.tensor(0.5), previous=torch.zeros(2, 2))
-    torch.testing.assert_close(root @ root.mT, torch.linalg.inv(cov + 0.5 * torch.eye(2)))
-    assert torch.equal(root, root.triu())
-
-
-@pytest.mark.parametrize("name", ["kfac", "eigen", "diagonal", "embedding"])
-def test_basis_of_singular_statistics_is_finite(name: str) -> None:
-    for z in (torch.ones(3, 3), torch.zeros(3, 3)):
-        q = FAMILIES[name]((3, 3))
-        q.gather_(1e3 * z)
-        q.refresh_(torch.tensor(1e-8))
-        assert q.dense().isfinite().all()
-        assert (torch.ones(3, 3) * dense(q(torch.ones(3, 3)))).sum() > 0
 
 
 @every_family
@@ -382,10 +325,11 @@ MUTATIONS: dict[Callable[..., None], tuple[str, Callable[..., Any]]] = {
     check_sqrt: ("sqrt", lambda self, z: z),
     check_scale: ("scale_", lambda self, factor: None),
     check_factored_probe: ("forward", lambda self, u: u.d.mT @ u.a if isinstance(u, LowRank) else 2 * u),
+    check_operator: ("operator", lambda self: tuple(2 * t for t in type(self).__bases__[0].operator(self))),
     check_functional_call: ("forward", lambda self, u: u),
     check_batches_broadcast: ("forward", lambda self, u: u - u.mean(0)),
     check_relative: ("relative", lambda self, *given: dict(self.named_parameters())),
-    check_retract: ("retract_", lambda self, gradients, rate: None),
+    check_retract: ("retract_", lambda self, operator, gradients, rate: None),
 }
 
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import fishleg_func as ff
 from fishleg_func import reference
-from fishleg_func.curvature import Curvature
+from fishleg_func.curvature import Curvature, Learned
 from fishleg_func.step import FishLegStep
 
 REFRESH, LEARN, PLAIN = 0, 10, 11  # values of the step counter at update_aux_every=10
@@ -352,7 +352,7 @@ def test_accuracy_is_zero_at_the_exact_inverse_and_known_at_the_identity() -> No
     where = reference.block_indices(model)["(root)"][0]
     inverse = reference.damped_inverse(F, 0.1)[where[:, None], where]
     step.q["(root)"].L.copy_(torch.linalg.cholesky(inverse))
-    step._curvature.refresh_roots()
+    step._curvature.renew()
     found = step.accuracy(x, n=20)
     assert found.overall < 1e-12 and set(found.layers) == {"(root)"} and found.layers["(root)"] < 1e-12
 
@@ -369,7 +369,7 @@ def test_the_order_of_the_examples_does_not_matter() -> None:
 
 IDENTITIES: dict[str, Callable[..., object]] = {
     "_move": lambda *_: None,  # θ stays
-    "update_lambda": lambda *_: None,  # λ stays
+    "move": lambda self, prepared: Learned(torch.zeros(()), dict.fromkeys(self.q, lambda p: p), None),  # λ stays
     "apply": lambda _self, _name, u: u,  # Q = I
     "_step_scales": lambda self, *_: dict.fromkeys(self.q, torch.ones(())),  # s(p) = p
 }

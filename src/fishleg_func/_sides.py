@@ -1,12 +1,23 @@
-"""One side of a Kronecker product: dense, or block-diagonal where it is long."""
+r"""One side of a Kronecker product: dense, or block-diagonal where it is long.
+
+On one side, :math:`Q` is :math:`K = EE^\top` with E the product of a *chain* of matrices, the last of which is learned:
+``(L,)``, or ``(C, L)`` in a basis.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ._linalg import outer_square
+from ._trees import add_product_, assign_
+from ._types import Shift, Symmetrized
+
+Chain = Sequence[Tensor]
 
 
 class Side(NamedTuple):
@@ -53,10 +64,118 @@ class Side(NamedTuple):
         """Multiply the last axis of ``x``, shape ``[..., rows, dim]``, by ``matrix`` from the right."""
         return self.merge(self.split(x) @ matrix)
 
+    def mul_first(self, matrix: Tensor, x: Tensor) -> Tensor:
+        """Multiply the first axis of ``x``, shape ``[..., dim, columns]``, by ``matrix`` from the left."""
+        return matrix @ x if self.blocks == 1 else self.mul(x.mT, matrix.mT).mT
+
     def gram(self, x: Tensor, y: Tensor) -> Tensor:
         r"""Return the diagonal blocks of :math:`x^\top y`, summed over rows, in the shape of :meth:`eye`."""
         return self.split(x).mT @ self.split(y)
 
+    def whiten(self, x: Tensor, chain: Chain) -> Tensor:
+        """Return x E."""
+        for matrix in chain:
+            x = self.mul(x, matrix)
+        return x
+
+    def color(self, x: Tensor, chain: Chain) -> Tensor:
+        """Return x Eᵀ."""
+        for matrix in reversed(chain):
+            x = self.mul(x, matrix.mT)
+        return x
+
+    def operator(self, chain: Chain) -> Tensor:
+        """Return K, in the shape of :meth:`eye`."""
+        root, *rest = self._trimmed(chain)
+        for matrix in rest:
+            root = root @ matrix
+        return outer_square(root)
+
+    def _trimmed(self, chain: Chain) -> Chain:
+        """Return the matrices without what they have in padded coordinates."""
+        padding = self.blocks * self.size - self.dim
+        if not padding:
+            return chain
+        real = torch.ones(self.blocks, self.size, dtype=chain[0].dtype, device=chain[0].device)
+        real[-1, self.size - padding :] = 0
+        return [real.unsqueeze(-1) * matrix * real.unsqueeze(-2) for matrix in chain]
+
+    def gradient(self, x: Tensor, y: Tensor, chain: Chain) -> Tensor | Symmetrized:
+        r"""Return :math:`G = E^\top (x^\top y + y^\top x) E`, factored where moving along it is cheaper so.
+
+        Args:
+            x: Rows, ``[..., rows, dim]``.
+            y: Rows like ``x``.
+            chain: What E is the product of.
+        """
+        rows = x.shape[-2]
+        if rows < self.size:
+            raw = torch.cat((x, y), -2)
+            whitened = self.split(self.whiten(raw, chain))
+            pair = Symmetrized(whitened[..., :rows, :], whitened[..., rows:, :], self.split(raw))
+            return pair if _prefers_factors(rows, self.size) else pair.dense()
+        half = self.gram(x, y)
+        for matrix in self._trimmed(chain):
+            half = matrix.mT @ half @ matrix
+        return half + half.mT
+
+    def retract_(
+        self, operator: Tensor, chain: Chain, gradient: Tensor | Symmetrized, rate: Tensor, ok: Tensor | None
+    ) -> Shift | None:
+        r"""Move the learned matrix, :math:`L \leftarrow L(I - \eta G / \max(1, \|G\|_F))`, and K with it, in place.
+
+        With a factored :math:`G = P^\top S`, P being x over y and S being y over x, and with :math:`Z_P = EP^\top`, the
+        new K is :math:`K + Z_P (\sigma^2 SP^\top - 2\sigma I) Z_S^\top`, σ being the length of the step.
+
+        Args:
+            operator: K.
+            chain: What E is the product of.
+            gradient: G, from :meth:`gradient`.
+            rate: η, 0-d.
+            ok: Where given and false, nothing is changed.
+
+        Returns:
+            How K has changed, where the gradient was factored.
+        """
+        lam = chain[-1]
+        *basis, present = self._trimmed(chain)
+        if isinstance(gradient, Symmetrized):
+            pair = torch.cat((gradient.x, gradient.y), -2)
+            swapped = torch.cat((gradient.y, gradient.x), -2)
+            gram = swapped @ pair.mT
+            squared = (gram * gram.mT).sum((-2, -1), keepdim=True)  # tr G² = |G|²: G is symmetric
+            sigma = rate / squared.clamp(min=1).sqrt()
+            moved = present @ pair.mT
+            add_product_(lam, moved, swapped * -sigma, ok)
+            for matrix in reversed(basis):
+                moved = matrix @ moved
+            middle = sigma.square() * gram
+            middle.diagonal(dim1=-2, dim2=-1).sub_(2 * sigma.squeeze(-1))
+            change = middle @ torch.cat(moved.chunk(2, -1)[::-1], -1).mT
+            add_product_(operator, moved, change, ok)
+            return Shift(gradient.raw, change)
+        norm = torch.linalg.matrix_norm(gradient, keepdim=True)
+        add_product_(lam, present.clone(), gradient * (-rate / norm.clamp(min=1)), ok)
+        assign_(operator, self.operator(chain), ok)
+        return None
+
+    def shifted(self, x: Tensor, shift: Shift) -> Tensor:
+        """Return ``x (I + shift.xᵀ shift.y)``, what x K has become by the change of K."""
+        if x.ndim == 2 and self.blocks == 1:
+            return torch.addmm(x, x @ shift.x.mT, shift.y)
+        return x + self.merge((self.split(x) @ shift.x.mT) @ shift.y)
+
+    def shifted_first(self, x: Tensor, shift: Shift) -> Tensor:
+        """Return ``(I + shift.yᵀ shift.x) x``, what K x has become by the change of K."""
+        if x.ndim == 2 and self.blocks == 1:
+            return torch.addmm(x, shift.y.mT, shift.x @ x)
+        return self.shifted(x.mT, shift).mT
+
     def diagonal(self, blocks: Tensor) -> Tensor:
         """Cut per-block vectors, ``[..., size]`` or ``[..., blocks, size]``, to the axis: ``[..., dim]``."""
         return blocks if self.blocks == 1 else blocks.flatten(-2)[..., : self.dim]
+
+
+def _prefers_factors(rows: int, size: int) -> bool:
+    """Tell whether moving L and K along a gradient of so many rows takes fewer FLOPs factored than dense."""
+    return 7 * rows * size + 4 * rows * rows < 3 * size * size

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from ._types import LowRank, Packed
+from ._types import LowRank, Packed, Symmetrized
 
 
-def dense(u: Packed) -> Tensor:
+def dense(u: Packed | Symmetrized) -> Tensor:
     """Return ``u`` as a dense tensor ``[..., m, n]``."""
-    return u.dense() if isinstance(u, LowRank) else u
+    return u if isinstance(u, Tensor) else u.dense()
 
 
 def scale(u: Packed, factor: Tensor) -> Packed:
@@ -33,12 +33,37 @@ def inner(u: Packed, v: Packed) -> Tensor:
     r"""Return :math:`\langle u, v \rangle` as a 0-d tensor, by Gram matrices of the rows where both are factored."""
     if isinstance(u, LowRank) and isinstance(v, LowRank):
         return ((u.d @ v.d.mT) * (u.a @ v.a.mT)).sum()
-    return (dense(u) * dense(v)).sum()
+    if isinstance(u, LowRank):
+        return (rows_times(u.d, v) * u.a).sum()
+    return inner(v, u) if isinstance(v, LowRank) else (u * v).sum()
+
+
+def rows_times(x: Tensor, u: Packed) -> Tensor:
+    """Return the product of rows ``[..., rows, m]`` and ``u``, shape ``[..., rows, n]``."""
+    return (x @ u.d.mT) @ u.a if isinstance(u, LowRank) else x @ u
+
+
+def transposed(u: Packed) -> Packed:
+    """Return ``u`` transposed."""
+    return LowRank(u.a, u.d) if isinstance(u, LowRank) else u.mT
 
 
 def total(terms: Iterable[Tensor]) -> Tensor:
     """Sum 0-d tensors."""
     return torch.stack(list(terms)).sum()
+
+
+def checksum(u: Mapping[str, Packed]) -> Tensor:
+    """Return a 0-d tensor that is finite only if all entries are: their sum, of factors a bound on the product's."""
+    return total(
+        (x.d.abs().sum(-1) * x.a.abs().sum(-1)).sum() if isinstance(x, LowRank) else x.sum() for x in u.values()
+    )
+
+
+def square_checksum(u: Mapping[str, Packed]) -> Tensor:
+    """Return a 0-d tensor that is finite only if all squares of entries, or of entries of the factors, are."""
+    parts = [part for x in u.values() for part in (x if isinstance(x, LowRank) else (x,))]
+    return total(part.square().sum() for part in parts)
 
 
 def inverse_or_zero(x: Tensor) -> Tensor:
@@ -50,3 +75,34 @@ def inverse_or_zero(x: Tensor) -> Tensor:
 def assign_(target: Tensor, value: Tensor, ok: Tensor | None) -> None:
     """Write ``value`` into ``target``; with ``ok``, a 0-d bool, only where it is true."""
     target.copy_(value if ok is None else torch.where(ok, value, target))
+
+
+def add_product_(target: Tensor, a: Tensor, b: Tensor, ok: Tensor | None) -> None:
+    """Add the matrix product ``a @ b`` to ``target``; with ``ok``, a 0-d bool, only where it is true."""
+    if ok is not None:
+        assign_(target, target + a @ b, ok)
+    elif target.ndim == 2:
+        target.addmm_(a, b)
+    else:
+        target.add_(a @ b)
+
+
+def average_(target: Tensor, new: Packed, weight: Tensor, ok: Tensor | None) -> None:
+    """Move ``target`` towards ``new`` by the fraction ``weight``, 0-d; with ``ok`` only where it is true.
+
+    A factored ``new`` is multiplied out into the target, without a temporary of its size.
+    """
+    if ok is not None:
+        assign_(target, torch.lerp(target, dense(new), weight), ok)
+    elif isinstance(new, LowRank):
+        add_product_(target.mul_(1 - weight), (new.d * weight).mT, new.a, None)
+    else:
+        target.lerp_(new, weight)
+
+
+def descend_(target: Tensor, keep: Tensor, direction: Tensor, rate: Tensor, ok: Tensor | None) -> None:
+    """Write ``keep * target - rate * direction``, keep and rate 0-d; with ``ok`` only where it is true."""
+    if ok is None:
+        target.mul_(keep).addcmul_(direction, rate, value=-1)
+    else:
+        assign_(target, keep * target - rate * direction, ok)

@@ -32,6 +32,37 @@ class LowRank(NamedTuple):
         return self.d.mT @ self.a
 
 
+class Symmetrized(NamedTuple):
+    r"""A symmetric matrix kept as its factors, :math:`G = x^\top y + y^\top x`.
+
+    Attributes:
+        x: Shape ``[..., rows, n]``.
+        y: Shape ``[..., rows, n]``.
+        raw: x over y before they were whitened, ``[..., 2 rows, n]``.
+    """
+
+    x: Tensor
+    y: Tensor
+    raw: Tensor
+
+    def dense(self) -> Tensor:
+        """Multiply the factors out to shape ``[..., n, n]``."""
+        half = self.x.mT @ self.y
+        return half + half.mT
+
+
+class Shift(NamedTuple):
+    r"""A change of a matrix from the right, :math:`K \to K(I + x^\top y)`.
+
+    Attributes:
+        x: Shape ``[..., rows, n]``.
+        y: Shape ``[..., rows, n]``.
+    """
+
+    x: Tensor
+    y: Tensor
+
+
 Packed = Tensor | LowRank
 """A layer's parameters, or a direction in them, as one matrix: dense ``[..., m, n]`` or factored."""
 

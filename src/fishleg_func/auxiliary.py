@@ -17,35 +17,38 @@ from torch import Tensor
 
 from ._trees import add, assign_, inner, inverse_or_zero, scale, total
 from ._types import Packed, Params
-from .qmodules import QModule, Roots
+from .qmodules import Carry, QModule, Roots
 
 RULES = ("relative", "adam")
 
 Moments = dict[str, dict[str, Tensor]]
-Rule = Callable[["Probe", Mapping[str, QModule], Tensor | None], None]
+Carries = dict[str, Carry | None]
+Rule = Callable[["Probe", Mapping[str, QModule], Tensor | None], Carries]
 
 
 class Probe(NamedTuple):
-    """Everything an auxiliary update is made of, by block name.
+    r"""Everything an auxiliary update is made of, by block name.
 
     Attributes:
-        roots: What each Q is made of.
+        operators: What each Q is applied with.
         u: Scaled probe.
-        uz: The probe whitened, Bᵀu.
+        v: Q u.
         w: Gradient of A in v, preconditioned where asked for.
+        square: :math:`u^\top Qu`, 0-d.
         loss: A(λ), 0-d.
     """
 
-    roots: Mapping[str, Roots]
+    operators: Mapping[str, Roots]
     u: Mapping[str, Packed]
-    uz: Mapping[str, Packed]
+    v: Mapping[str, Packed]
     w: Mapping[str, Packed]
+    square: Tensor
     loss: Tensor
 
 
 def probe(
     q: Mapping[str, QModule],
-    roots: Mapping[str, Roots],
+    operators: Mapping[str, Roots],
     u: Mapping[str, Packed],
     fisher: Callable[[Mapping[str, Packed]], Mapping[str, Packed]],
     damping: Tensor,
@@ -57,7 +60,7 @@ def probe(
 
     Args:
         q: Q modules.
-        roots: Their roots.
+        operators: What they are applied with.
         u: Probe direction; zero gives A = 0 and w = 0.
         fisher: :math:`v \mapsto Fv` over all blocks together.
         damping: γ, 0-d.
@@ -67,23 +70,22 @@ def probe(
     Returns:
         The probe.
     """
-    uz = {k: q[k].whiten(roots[k], u[k]) for k in q}
-    measured = uz if unit == "relative" else u
-    factor = inverse_or_zero(total(inner(x, x) for x in measured.values()).clamp(min=0).sqrt())
-    u, uz = {k: scale(x, factor) for k, x in u.items()}, {k: scale(x, factor) for k, x in uz.items()}
-    v = {k: q[k].color(roots[k], uz[k]) for k in q}
+    v = {k: q[k].act(operators[k], u[k]) for k in q}
+    measured = v if unit == "relative" else u
+    factor = inverse_or_zero(total(inner(u[k], measured[k]) for k in q).clamp(min=0).sqrt())
+    u, v = {k: scale(x, factor) for k, x in u.items()}, {k: scale(x, factor) for k, x in v.items()}
     fv = fisher(v)
     minus = -torch.ones_like(factor)
-    w = {k: add(add(fv[k], scale(u[k], minus)), scale(v[k], damping)) for k in q}
+    w = {k: add(fv[k], add(scale(u[k], minus), scale(v[k], damping))) for k in q}
     quadratic = total(inner(v[k], fv[k]) + damping * inner(v[k], v[k]) for k in q)
-    loss = 0.5 * quadratic - total(inner(uz[k], uz[k]) for k in q)
+    square = total(inner(u[k], v[k]) for k in q)
     if preconditioned:
-        w = {k: q[k].color(roots[k], q[k].whiten(roots[k], w[k])) for k in q}
-    return Probe(roots, u, uz, w, loss)
+        w = {k: q[k].act(operators[k], w[k]) for k in q}
+    return Probe(operators, u, v, w, square, 0.5 * quadratic - square)
 
 
 def make_relative(rate: Tensor) -> Rule:
-    r"""Return the multiplicative rule, ``(probe, q, ok) -> None``.
+    r"""Return the multiplicative rule, ``(probe, q, ok) -> carries``, see :meth:`QModule.retract_`.
 
     :math:`L \leftarrow L(I - \eta G_L / \max(1, \|G_L\|_F))`.
 
@@ -91,10 +93,13 @@ def make_relative(rate: Tensor) -> Rule:
         rate: η = ``aux_lr``, 0-d.
     """
 
-    def update(p: Probe, q: Mapping[str, QModule], ok: Tensor | None) -> None:
+    def update(p: Probe, q: Mapping[str, QModule], ok: Tensor | None) -> Carries:
+        carries: Carries = {}
         for name, module in q.items():
-            wz = module.whiten(p.roots[name], p.w[name])
-            module.retract_(module.relative(p.roots[name], p.u[name], p.w[name], p.uz[name], wz), rate, ok)
+            operator = p.operators[name]
+            gradients = module.relative(operator, p.u[name], p.v[name], p.w[name])
+            carries[name] = module.retract_(operator, gradients, rate, ok)
+        return carries
 
     return update
 
@@ -138,9 +143,9 @@ class Adam:
         named = {f"{m}.{k}.{n}": t for m, of in moments.items() for k, block in of.items() for n, t in block.items()}
         return {"count": self.count, **named}
 
-    def __call__(self, p: Probe, q: Mapping[str, QModule], ok: Tensor | None) -> None:
+    def __call__(self, p: Probe, q: Mapping[str, QModule], ok: Tensor | None) -> Carries:
         """Update λ in place; with ``ok`` false, nothing is changed. A zero probe moves nothing either."""
-        moved = total(inner(x, x) for x in p.uz.values()) > 0
+        moved = p.square > 0
         ok = moved if ok is None else ok & moved
         assign_(self.count, self.count + 1, ok)
         beta_1, beta_2 = self.betas
@@ -153,3 +158,5 @@ class Adam:
                 assign_(second, torch.lerp(second, g.square(), 1 - beta_2), ok)
                 denominator = (second / correction_2).sqrt() + self.eps
                 assign_(lam, lam - self.rate * (first / correction_1) / denominator, ok)
+            module.renew_(p.operators[key], ok)
+        return dict.fromkeys(q)

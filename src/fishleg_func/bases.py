@@ -7,16 +7,17 @@ import math
 import torch
 from torch import Tensor
 
-from ._sides import Side
+from ._linalg import inverse_lower
+from ._sides import Chain, Side
 from ._trees import assign_, dense
 from ._types import LowRank, Packed
 from .kronecker import Kronecker
-from .qmodules import QModule, Roots, exp_root
+from .qmodules import Carry, Gradients, QModule, Roots, exp_root
 
 __all__ = ["KFAC", "Diagonal", "Eigen", "Embedding"]
 
 
-def kronecker_statistics(z: Packed, left: Side, right: Side) -> dict[str, Tensor]:
+def kronecker_statistics(z: Packed, left: Side, right: Side) -> dict[str, Packed]:
     r"""Return ``cov_L`` and ``cov_R`` with :math:`F \approx cov_R \otimes cov_L`, from one random gradient z.
 
     With rows (z = dᵀa) these are K-FAC's :math:`E[aa^\top]`, over rows with a gradient, and
@@ -30,9 +31,9 @@ def kronecker_statistics(z: Packed, left: Side, right: Side) -> dict[str, Tensor
     """
     if isinstance(z, LowRank):
         counts = (z.d != 0).any(-1, keepdim=True).to(z.a.dtype)  # a row without gradient (masked, padded) is none
-        a, total = z.a * counts, counts.sum((-2, -1)).clamp(min=1)[..., None, None]
-        cov_l = left.gram(a, a)
-        return {"cov_L": cov_l / _like_blocks(total, cov_l), "cov_R": right.gram(z.d, z.d)}
+        total = counts.sum((-2, -1), keepdim=True).clamp(min=1)
+        a, d = left.split(z.a), right.split(z.d)
+        return {"cov_L": LowRank(left.split(z.a * (counts / total)), a), "cov_R": LowRank(d, d)}
     norm = torch.linalg.matrix_norm(z, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
     cov_l, cov_r = left.gram(z, z), right.gram(z.mT, z.mT)
     return {"cov_L": cov_l / _like_blocks(norm, cov_l), "cov_R": cov_r / _like_blocks(norm, cov_r)}
@@ -90,7 +91,7 @@ def whitening_root(cov: Tensor, rho: Tensor, previous: Tensor) -> Tensor:
     rho = rho.reshape(rho.shape + (1,) * (cov.ndim - rho.ndim))
     eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
     lower, info = torch.linalg.cholesky_ex(cov + rho * eye)
-    root = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False).mT
+    root = inverse_lower(lower).mT
     good = (info == 0)[..., None, None] & root.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     return torch.where(good, root, previous)
 
@@ -134,11 +135,17 @@ class Diagonal(QModule):
     def color(self, roots: Roots, z: Packed) -> Packed:
         return roots[0] * dense(z)
 
-    def relative(self, roots: Roots, u: Packed, w: Packed, uz: Packed, wz: Packed) -> dict[str, Tensor]:
-        return {"s": 2 * dense(uz) * dense(wz)}
+    def operator(self) -> Roots:
+        return (self.roots()[0].square(),)
+
+    def act(self, operator: Roots, u: Packed) -> Packed:
+        return operator[0] * dense(u)
+
+    def relative(self, operator: Roots, u: Packed, v: Packed, w: Packed) -> Gradients:
+        return {"s": 2 * dense(v) * dense(w)}
 
     def flops(self) -> int:
-        return 2 * math.prod(self.shape)
+        return math.prod(self.shape)
 
     def diagonal(self) -> Tensor:
         return self.roots()[0].square()
@@ -188,8 +195,8 @@ class KFAC(Kronecker):
         self._statistic("cov_L", tuple(self.L.shape))
         self._statistic("cov_R", tuple(self.R.shape))
 
-    def roots(self) -> Roots:
-        return self.C_L @ self.L, self.R @ self.C_R.mT
+    def _chains(self) -> tuple[Chain, Chain]:
+        return (self.C_L, self.L), (self.C_R, self.R.mT)
 
     def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
         self._average_(kronecker_statistics(z, self.left, self.right), ok)
@@ -254,8 +261,17 @@ class Eigen(QModule):
         C_L, C_R, root = roots
         return self.right.mul(self.left.mul(root * dense(z), C_L.mT).mT, C_R.mT).mT
 
-    def relative(self, roots: Roots, u: Packed, w: Packed, uz: Packed, wz: Packed) -> dict[str, Tensor]:
-        return {"s": 2 * dense(uz) * dense(wz)}
+    def operator(self) -> Roots:
+        return self.C_L, self.C_R, self.roots()[2].square()
+
+    def act(self, operator: Roots, u: Packed) -> Packed:
+        C_L, C_R, square = operator
+        rotated = square * self.right.mul_first(C_R.mT, self.left.mul(dense(u), C_L))
+        return self.right.mul_first(C_R, self.left.mul(rotated, C_L.mT))
+
+    def relative(self, operator: Roots, u: Packed, v: Packed, w: Packed) -> Gradients:
+        roots = self.roots()
+        return {"s": 2 * dense(self.whiten(roots, u)) * dense(self.whiten(roots, w))}
 
     def flops(self) -> int:
         return 4 * math.prod(self.shape) * (self.left.size + self.right.size)
@@ -316,25 +332,38 @@ class Embedding(QModule):
         self._statistic("cov_L", tuple(self.L.shape))
 
     def roots(self) -> Roots:
-        return self.C_L @ self.L, (self.c * exp_root(self.s)).unsqueeze(-1)
+        return self.C_L, self.L, (self.c * exp_root(self.s)).unsqueeze(-1)
 
     def whiten(self, roots: Roots, u: Packed) -> Packed:
-        return roots[1] * self.left.mul(dense(u), roots[0])
+        return roots[2] * self.left.whiten(dense(u), roots[:2])
 
     def color(self, roots: Roots, z: Packed) -> Packed:
-        return roots[1] * self.left.mul(dense(z), roots[0].mT)
+        return roots[2] * self.left.color(dense(z), roots[:2])
 
-    def relative(self, roots: Roots, u: Packed, w: Packed, uz: Packed, wz: Packed) -> dict[str, Tensor]:
-        uz, wz = dense(uz), dense(wz)
-        gram = self.left.gram(uz, wz)
-        return {"L": gram + gram.mT, "s": 2 * (uz * wz).sum(-1)}
+    def operator(self) -> Roots:
+        *chain, rows = self.roots()
+        return self.left.operator(chain), rows.square()
+
+    def act(self, operator: Roots, u: Packed) -> Packed:
+        return operator[1] * self.left.mul(dense(u), operator[0])
+
+    def relative(self, operator: Roots, u: Packed, v: Packed, w: Packed) -> Gradients:
+        u, v, w = dense(u), dense(v), dense(w)
+        gradient = self.left.gradient(u, operator[1] * w, (self.C_L, self.L))
+        return {"L": gradient, "s": 2 * (v * w).sum(-1)}
+
+    def retract_(self, operator: Roots, gradients: Gradients, rate: Tensor, ok: Tensor | None = None) -> Carry | None:
+        self.left.retract_(operator[0], (self.C_L, self.L), gradients["L"], rate, ok)
+        self.shift_(dense(gradients["s"]), rate, ok)
+        assign_(operator[1], self.roots()[2].square(), ok)
+        return None
 
     def flops(self) -> int:
-        return 4 * math.prod(self.shape) * self.left.size
+        return 2 * math.prod(self.shape) * self.left.size
 
     def diagonal(self) -> Tensor:
-        L, rows = self.roots()
-        return rows.square() * self.left.diagonal(L.square().sum(-1)).unsqueeze(-2)
+        K_L, rows = self.operator()
+        return rows * self.left.diagonal(K_L.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)
 
     def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
         z = dense(z)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from . import _checks, diagnostics, fisher
 from ._noise import Noise
 from ._resolve import resolve
-from ._trees import dense, total
-from ._types import Inputs, Linearization, LowRank, Packed, Params
+from ._trees import checksum, dense, square_checksum
+from ._types import Inputs, Linearization, Packed, Params
 from .blocks import Packing
 from .capture import Capture, Slots, StaleSlots, kept_random_state, restored_on_error
 from .likelihoods import Likelihood
@@ -147,19 +147,6 @@ def _differ(captured: Tensor, truth: Tensor) -> bool:
     return not bool(torch.linalg.vector_norm(captured - truth) <= tolerance)
 
 
-def checksum(u: Mapping[str, Packed]) -> Tensor:
-    """Return a 0-d tensor that is finite only if all entries are: their sum, of factors a bound on the product's."""
-    return total(
-        (x.d.abs().sum(-1) * x.a.abs().sum(-1)).sum() if isinstance(x, LowRank) else x.sum() for x in u.values()
-    )
-
-
-def square_checksum(u: Mapping[str, Packed]) -> Tensor:
-    """Return a 0-d tensor that is finite only if all squares of entries, or of entries of the factors, are."""
-    parts = [part for x in u.values() for part in (x if isinstance(x, LowRank) else (x,))]
-    return total(part.square().sum() for part in parts)
-
-
 class Batch:
     """A batch after its forward pass; made by :meth:`Runner.run`.
 
@@ -176,13 +163,26 @@ class Batch:
     ) -> None:
         self._runner, self._inputs, self._targets, self._lin, self._packing = runner, inputs, targets, lin, packing
         self.buffers = lin.buffers
+        self._loss_and_gradient: tuple[Tensor, dict[str, Packed], Tensor] | None = None
+        self._pulled: Any = None  # what the gradient was packed from
         self.likelihood = runner.likelihood_for(lin.outputs, targets)
 
     def gradient(self) -> tuple[Tensor, dict[str, Packed], Tensor]:
-        """Return the loss, its gradient by block, and its checksum."""
+        """Return the loss, its gradient by block, and its checksum; computed once."""
+        if self._loss_and_gradient is None:
+            self._loss_and_gradient = self._gradient()
+        return self._loss_and_gradient
+
+    def _gradient(self) -> tuple[Tensor, dict[str, Packed], Tensor]:
         cotangent, loss = torch.func.grad_and_value(self.likelihood.nll)(self._lin.outputs, self._targets)  # type: ignore[arg-type]
-        g = self._packing.gradients(self._lin.pullback(cotangent))
+        self._pulled = self._lin.pullback(cotangent)
+        g = self._packing.gradients(self._pulled)
         return loss, g, checksum(g)
+
+    def probe(self) -> dict[str, Packed]:
+        """Return the gradient as a probe for λ, in long layers estimated from some of its rows."""
+        _, g, _ = self.gradient()
+        return self._packing.probe(self._pulled, g)
 
     def random_gradient(self, q: Mapping[str, QModule], noise: Noise) -> tuple[dict[str, Packed], Tensor, Tensor]:
         r"""Return a draw z, :math:`E[zz^\top] = F`, for the statistics, its square checksum, and if there are terms."""

@@ -16,6 +16,9 @@ from .capture import Seen, Slots
 from .layers import LayerSpec
 from .qmodules import QModule
 
+_PROBE_ROWS = 16  # rows that a probe is estimated from,
+_PROBE_SIDE = 128  # in layers with both sides as long as this
+
 
 @dataclass(frozen=True)
 class Block:
@@ -54,9 +57,19 @@ class Block:
 
 
 def prefers_rows(shape: tuple[int, ...], rows: int) -> bool:
-    """Tell whether applying a Kronecker Q to factors of so many rows takes fewer FLOPs than to the dense matrix."""
+    """Tell whether a Kronecker Q is applied with fewer FLOPs to factors, which are then multiplied out, than densely.
+
+    The dense matrix itself is needed in both cases, for the momentum.
+
+    Args:
+        shape: Packed shape.
+        rows: Rows of the factors.
+
+    Returns:
+        Whether it is.
+    """
     m, n = shape[-2:]
-    return rows * (m * m + n * n) < m * n * (m + n)
+    return rows * (m * m + n * n + m * n) < m * n * (m + n)
 
 
 class Packing:
@@ -101,6 +114,29 @@ class Packing:
     def gradients(self, pulled: Any) -> dict[str, Packed]:
         """Pack ``(deltas, direct gradients)``: factored where rows are few, dense elsewhere."""
         return {b.name: self._packed(b, pulled, None) for b in self.blocks}
+
+    def probe(self, pulled: Any, gradients: Mapping[str, Packed]) -> dict[str, Packed]:
+        """Return gradients in which layers with long sides and many rows are estimated from evenly spaced rows.
+
+        The cost of an update of λ grows with the rank of its probe.
+
+        Args:
+            pulled: What ``gradients`` were packed from.
+            gradients: From :meth:`gradients`.
+        """
+        return {b.name: self._few_rows(b, pulled, gradients[b.name]) for b in self.blocks}
+
+    def _few_rows(self, block: Block, pulled: Any, gradient: Packed) -> Packed:
+        if block.name not in self.seen or min(block.shape[-2:]) < _PROBE_SIDE:
+            return gradient
+        rows = self._packed(block, pulled, True)
+        assert isinstance(rows, LowRank)
+        count = rows.d.shape[-2]
+        stride = count // _PROBE_ROWS
+        if stride < 2:
+            return gradient
+        chosen = slice(0, _PROBE_ROWS * stride, stride)
+        return LowRank(rows.d[..., chosen, :] * (count / _PROBE_ROWS), rows.a[..., chosen, :])
 
     def statistics(self, pulled: Any, q: Mapping[str, QModule]) -> dict[str, Packed]:
         """Pack a random gradient for the Q modules that have a basis: as rows for those that take them."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +12,44 @@ from torch import Tensor
 from . import _checks, auxiliary
 from ._noise import Noise
 from ._types import Hyper, Options, Packed
-from .batch import Batch, PackedMap
-from .qmodules import QModule, Roots
+from .batch import Batch
+from .qmodules import Carry, QModule, Roots
+
+
+class Prepared(NamedTuple):
+    """What an update of the curvature needs, once all code of the model has run.
+
+    Attributes:
+        statistics: Random gradients that are to be gathered yet.
+        gather: In compiled code, whether to gather them.
+        probe: What λ moves along, if it moves.
+        refreshed: Whether the bases were refreshed.
+        ok: In compiled code, whether to change anything.
+    """
+
+    statistics: Mapping[str, Packed]
+    gather: Tensor | None
+    probe: auxiliary.Probe | None
+    refreshed: bool
+    ok: Tensor | None
+
+
+class Learned(NamedTuple):
+    """What a move of λ did.
+
+    Attributes:
+        value: A(λ) before it, 0-d.
+        carries: By block, how Q m has moved, where that is known.
+        ok: In compiled code, whether anything was changed.
+    """
+
+    value: Tensor
+    carries: Mapping[str, Carry | None]
+    ok: Tensor | None
 
 
 class Curvature:
-    """Q of every block, applied through roots that are kept until λ or a basis changes.
+    """Q of every block, applied through operators that are kept until λ or a basis changes.
 
     Args:
         q: Q modules, by block name.
@@ -31,16 +64,15 @@ class Curvature:
     def __init__(self, q: Mapping[str, QModule], rule: auxiliary.Rule, hyper: Hyper, options: Options) -> None:
         self.q: dict[str, QModule] = dict(q)
         self.rule, self._hyper, self._options = rule, hyper, options
-        self.roots: dict[str, Roots] = {k: tuple(r.detach().clone() for r in q.roots()) for k, q in self.q.items()}
+        self.operators: dict[str, Roots] = {k: tuple(t.detach() for t in q.operator()) for k, q in self.q.items()}
         self.skipped = torch.zeros((), dtype=torch.int64, device=hyper.lr.device)
         self._versions = self._tensor_versions()
 
     def apply(self, name: str, u: Packed) -> Packed:
         """Return Q u for one block."""
-        q, roots = self.q[name], self.roots[name]
-        return q.color(roots, q.whiten(roots, u))
+        return self.q[name].act(self.operators[name], u)
 
-    def update(
+    def prepare(
         self,
         batch: Batch,
         make_probe: Callable[[], Mapping[str, Packed]],
@@ -48,89 +80,103 @@ class Curvature:
         *,
         refresh: bool,
         ok: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Gather statistics, refresh the bases where due, update λ.
+    ) -> Prepared:
+        """Run the model's and the likelihood's code; where the bases are due, gather statistics and refresh them.
 
         Args:
             batch: Where the Fisher is taken.
             make_probe: Returns the direction u.
             noise: Source of the draws.
-            refresh: Whether the bases are due.
+            refresh: Whether the bases are due; if they are not, nothing is changed yet.
             ok: In compiled code, whether to change anything.
 
         Returns:
-            A(λ) before the update, and ``ok`` with what the statistics add to it.
+            What :meth:`move` needs.
 
         Raises:
             FloatingPointError: If a statistic is not finite, before anything is changed (eager only).
         """
+        statistics: Mapping[str, Packed] = {}
+        gather = ok
         if any(q.has_basis for q in self.q.values()):
-            z, checksum, any_terms = batch.random_gradient(self.q, noise.fork(1))
+            statistics, checksum, any_terms = batch.random_gradient(self.q, noise.fork(1))
             ok = both(ok, require_finite(torch.zeros_like(checksum), checksum, "a statistic of the Fisher"))
             gather = ok if self._options.aux_batch_size is None else both(ok, any_terms)  # a part may be all masked
-            for name, statistic in z.items():
+        if refresh:
+            for name, statistic in statistics.items():
                 self.q[name].gather_(statistic, gather)
-                if refresh:
-                    self.q[name].refresh_(self._hyper.damping, ok)
-            if refresh:
-                self.refresh_roots()
-        if not self._options.update_aux_every:
-            return torch.zeros_like(self._hyper.lr), ok
-        return self.update_lambda(make_probe(), batch.fisher(self._options.fisher, noise.fork(2)), ok), ok
+                self.q[name].refresh_(self._hyper.damping, ok)
+            self.renew(ok=ok)
+            statistics = {}
+        probe = self._probe(make_probe(), batch, noise) if self._options.update_aux_every else None
+        return Prepared(statistics, gather, probe, refresh, ok)
 
-    def update_lambda(self, u: Mapping[str, Packed], fisher: PackedMap, ok: Tensor | None) -> Tensor:
-        """Move λ by the rule and return A(λ); where that is not finite, λ stays."""
-        unit, preconditioned = self._options.aux_rule, self._options.precondition_aux
-        probe = auxiliary.probe(
-            self.q, self.roots, u, fisher, self._hyper.damping, unit=unit, preconditioned=preconditioned
-        )
-        finite = probe.loss.isfinite()
+    def _probe(self, u: Mapping[str, Packed], batch: Batch, noise: Noise) -> auxiliary.Probe:
+        options = self._options
+        fisher = batch.fisher(options.fisher, noise.fork(2))
+        return auxiliary.probe(
+            self.q, self.operators, u, fisher, self._hyper.damping, unit=options.aux_rule,
+            preconditioned=options.precondition_aux,
+        )  # fmt: skip
+
+    def move(self, prepared: Prepared) -> Learned:
+        """Move λ by the rule; where A is not finite, λ stays."""
+        probe, ok = prepared.probe, prepared.ok
+        if probe is None:
+            return Learned(torch.zeros_like(self._hyper.lr), {}, ok)
+        finite, changed = probe.loss.isfinite(), ok
         if torch.compiler.is_compiling():
             self.skipped.add_((~finite if ok is None else ok & ~finite).long())
-            ok = both(ok, finite)
+            changed = both(ok, finite)
         elif not finite:
             self.skipped.add_(1)
             warnings.warn("A(λ) is not finite: this auxiliary update was left out; raise damping", stacklevel=2)
-            return probe.loss
-        self.rule(probe, self.q, ok)
-        self.refresh_roots()
-        return probe.loss
+            return Learned(probe.loss, {}, ok)
+        carries = self.rule(probe, self.q, changed)
+        self.adopt()
+        return Learned(probe.loss, {} if prepared.refreshed else carries, ok)
 
-    def refresh_roots(self) -> None:
-        """Bring what Q is made of up to date with λ and the bases."""
-        for name, q in self.q.items():
-            for kept, new in zip(self.roots[name], q.roots(), strict=True):
-                kept.copy_(new)
+    def gather(self, prepared: Prepared) -> None:
+        """Add the statistics that wait for the next refresh."""
+        for name, statistic in prepared.statistics.items():
+            self.q[name].gather_(statistic, prepared.gather)
+        self.adopt()
+
+    def movable(self) -> list[Tensor]:
+        """Return what :meth:`move` writes."""
+        lam = [p for q in self.q.values() for p in q.parameters()]
+        moments = list(self.rule.tensors().values()) if isinstance(self.rule, auxiliary.Adam) else []
+        return [*lam, *(t for ts in self.operators.values() for t in ts), *moments]
+
+    def renew(self, names: Iterable[str] | None = None, ok: Tensor | None = None) -> None:
+        """Compute operators anew, of all blocks or some: updates of λ move them along, up to rounding."""
+        for name in self.q if names is None else names:
+            self.q[name].renew_(self.operators[name], ok)
+        self.adopt()
+
+    def adopt(self) -> None:
+        """Take λ and the bases as they are for what the operators were made of."""
         if not torch.compiler.is_compiling():
             self._versions = self._tensor_versions()
 
-    def sync(self) -> bool:
-        """Take up what was written into ``q`` from outside; eager only.
+    def sync(self) -> list[str]:
+        """Take up what was written into ``q`` from outside, and return the blocks where something was; eager only."""
+        now = self._tensor_versions()
+        changed = [name for name in now if now[name] != self._versions[name]]
+        if changed:
+            self.renew(changed)
+        return changed
 
-        Returns:
-            Whether Q has changed by it.
-        """
-        if self._tensor_versions() == self._versions:
-            return False
-        before = [root.clone() for roots in self.roots.values() for root in roots]
-        self.refresh_roots()
-        return not all(map(torch.equal, before, (root for roots in self.roots.values() for root in roots)))
-
-    def _tensor_versions(self) -> list[int]:
-        return [t._version for q in self.q.values() for t in (*q.parameters(), *q.buffers())]
+    def _tensor_versions(self) -> dict[str, list[int]]:
+        return {k: [t._version for t in (*q.parameters(), *q.buffers())] for k, q in self.q.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state by name: λ, bases, statistics and the rule's moments, the tensors themselves."""
+        """Return the state by name: λ, bases, statistics, operators, the rule's moments; the tensors themselves."""
         named = {f"q.{name}.{key}": t for name, q in self.q.items() for key, t in q.state_dict().items()}
+        named |= {f"operator.{name}.{i}": t for name, ts in self.operators.items() for i, t in enumerate(ts)}
         if isinstance(self.rule, auxiliary.Adam):
             named |= {f"adam.{key}": t for key, t in self.rule.tensors().items()}
         return named
-
-    def undoable(self) -> list[Tensor]:
-        """Return what an update writes, for an exception to undo; nothing in compiled code, which raises none."""
-        if torch.compiler.is_compiling():
-            return []
-        return [*self.tensors().values(), *(root for roots in self.roots.values() for root in roots)]
 
 
 def require_finite(loss: Tensor, checksum: Tensor, what: str) -> Tensor | None:

@@ -4,35 +4,15 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
-from ._sides import Side
-from ._trees import dense
+from ._sides import Chain, Side
+from ._trees import assign_, dense, rows_times, transposed
 from ._types import LowRank, Packed
-from .qmodules import QModule, Roots, exp_root
+from .qmodules import Carry, Gradients, QModule, Roots, exp_root
 
 __all__ = ["Kronecker", "ScaledKronecker"]
-
-
-def gradient_grams(u: Packed, w: Packed, left: Side, right: Side) -> tuple[Tensor, Tensor]:
-    r"""Return :math:`\tilde u^\top \tilde w` and :math:`\tilde u \tilde w^\top`, each plus its transpose.
-
-    Of a long side only the diagonal blocks are formed. Where both are factored, :math:`\tilde u = d^\top a`,
-    :math:`\tilde w = d_w^\top a_w`, only rows x rows products are formed.
-
-    Args:
-        u: Whitened probe.
-        w: Whitened gradient in v.
-        left: The n-sided factor.
-        right: The m-sided factor.
-    """
-    if isinstance(u, LowRank) and isinstance(w, LowRank):
-        gram_l = left.gram(u.a, (u.d @ w.d.mT) @ w.a)
-        gram_r = right.gram(u.d, (u.a @ w.a.mT) @ w.d)
-    else:
-        u, w = dense(u), dense(w)
-        gram_l, gram_r = left.gram(u, w), right.gram(u.mT, w.mT)
-    return gram_l + gram_l.mT, gram_r + gram_r.mT
 
 
 class Kronecker(QModule):
@@ -63,33 +43,74 @@ class Kronecker(QModule):
         self._parameter("L", self._eye(self.left))
         self._parameter("R", self._eye(self.right))
 
+    def _chains(self) -> tuple[Chain, Chain]:
+        """Return what the roots of K_L and of K_R are products of."""
+        return (self.L,), (self.R.mT,)
+
     def roots(self) -> Roots:
-        return self.L, self.R
+        left, right = self._chains()
+        return (*left, *right)
 
     def whiten(self, roots: Roots, u: Packed) -> Packed:
-        L, R = roots
+        left, right = _halves(roots)
         if isinstance(u, LowRank):
-            return LowRank(self.right.mul(u.d, R.mT), self.left.mul(u.a, L))
-        return self.right.mul(self.left.mul(u, L).mT, R.mT).mT
+            return LowRank(self.right.whiten(u.d, right), self.left.whiten(u.a, left))
+        return self.right.whiten(self.left.whiten(u, left).mT, right).mT
 
     def color(self, roots: Roots, z: Packed) -> Packed:
-        L, R = roots
+        left, right = _halves(roots)
         if isinstance(z, LowRank):
-            return LowRank(self.right.mul(z.d, R), self.left.mul(z.a, L.mT))
-        return self.right.mul(self.left.mul(z, L.mT).mT, R).mT
+            return LowRank(self.right.color(z.d, right), self.left.color(z.a, left))
+        return self.right.color(self.left.color(z, left).mT, right).mT
 
-    def relative(self, roots: Roots, u: Packed, w: Packed, uz: Packed, wz: Packed) -> dict[str, Tensor]:
-        gram_l, gram_r = gradient_grams(uz, wz, self.left, self.right)
-        return {"L": gram_l, "R": gram_r}
+    def operator(self) -> Roots:
+        left, right = self._chains()
+        return self.left.operator(left), self.right.operator(right)
+
+    def act(self, operator: Roots, u: Packed) -> Packed:
+        K_L, K_R = operator
+        if isinstance(u, LowRank):
+            return LowRank(self.right.mul(u.d, K_R), self.left.mul(u.a, K_L))
+        return self.right.mul_first(K_R, self.left.mul(u, K_L))
+
+    def relative(self, operator: Roots, u: Packed, v: Packed, w: Packed) -> Gradients:
+        left, right = self._chains()
+        if isinstance(u, LowRank) and isinstance(v, LowRank):
+            x_l, y_l = u.a, rows_times(v.d, w)
+            x_r, y_r = u.d, rows_times(v.a, transposed(w))
+        else:
+            K_L, K_R = operator
+            u, w = dense(u), dense(w)
+            x_l, y_l = u, self.right.mul_first(K_R, w)
+            x_r, y_r = u.mT, self.left.mul(w, K_L).mT
+        return {"L": self.left.gradient(x_l, y_l, left), "R": self.right.gradient(x_r, y_r, right)}
+
+    def retract_(self, operator: Roots, gradients: Gradients, rate: Tensor, ok: Tensor | None = None) -> Carry | None:
+        left, right = self._chains()
+        shift_l = self.left.retract_(operator[0], left, gradients["L"], rate, ok)
+        shift_r = self.right.retract_(operator[1], right, gradients["R"], rate, ok)
+        if shift_l is None or shift_r is None:
+            return None
+
+        def carry(p: Tensor) -> Tensor:
+            moved = self.right.shifted_first(self.left.shifted(p, shift_l), shift_r)
+            return moved if ok is None else torch.where(ok, moved, p)
+
+        return carry
 
     def flops(self) -> int:
-        return 4 * math.prod(self.shape) * (self.left.size + self.right.size)
+        return 2 * math.prod(self.shape) * (self.left.size + self.right.size)
 
     def diagonal(self) -> Tensor:
-        L, R = self.roots()[:2]
-        diagonal_l = self.left.diagonal(L.square().sum(-1))
-        diagonal_r = self.right.diagonal(R.square().sum(-2))
+        K_L, K_R = self.operator()[:2]
+        diagonal_l = self.left.diagonal(K_L.diagonal(dim1=-2, dim2=-1))
+        diagonal_r = self.right.diagonal(K_R.diagonal(dim1=-2, dim2=-1))
         return diagonal_r.unsqueeze(-1) * diagonal_l.unsqueeze(-2)
+
+
+def _halves(roots: Roots) -> tuple[Chain, Chain]:
+    half = len(roots) // 2
+    return roots[:half], roots[half:]
 
 
 class ScaledKronecker(Kronecker):
@@ -119,17 +140,32 @@ class ScaledKronecker(Kronecker):
         self._parameter("s", self._ones(*self.shape).log())
 
     def roots(self) -> Roots:
-        return self.L, self.R, exp_root(self.s)
+        return (*super().roots(), exp_root(self.s))
 
     def whiten(self, roots: Roots, u: Packed) -> Packed:
-        return super().whiten(roots[:2], roots[2] * dense(u))
+        return super().whiten(roots[:-1], roots[-1] * dense(u))
 
     def color(self, roots: Roots, z: Packed) -> Packed:
-        return roots[2] * dense(super().color(roots[:2], z))
+        return roots[-1] * dense(super().color(roots[:-1], z))
 
-    def relative(self, roots: Roots, u: Packed, w: Packed, uz: Packed, wz: Packed) -> dict[str, Tensor]:
-        v, qw = dense(self.color(roots, uz)), dense(self.color(roots, wz))
-        return super().relative(roots[:2], u, w, uz, wz) | {"s": dense(w) * v + dense(u) * qw}
+    def operator(self) -> Roots:
+        return (*super().operator(), exp_root(self.s))
+
+    def act(self, operator: Roots, u: Packed) -> Packed:
+        *sides, scale = operator
+        return scale * dense(super().act(tuple(sides), scale * dense(u)))
+
+    def relative(self, operator: Roots, u: Packed, v: Packed, w: Packed) -> Gradients:
+        *sides, scale = operator
+        u, v, w = dense(u), dense(v), dense(w)
+        slope = w * v + u * dense(self.act(operator, w))
+        return super().relative(tuple(sides), scale * u, v, scale * w) | {"s": slope}
+
+    def retract_(self, operator: Roots, gradients: Gradients, rate: Tensor, ok: Tensor | None = None) -> Carry | None:
+        super().retract_(operator[:-1], gradients, rate, ok)
+        self.shift_(dense(gradients["s"]), rate, ok)
+        assign_(operator[-1], exp_root(self.s), ok)
+        return None
 
     def flops(self) -> int:
         return super().flops() + 2 * math.prod(self.shape)

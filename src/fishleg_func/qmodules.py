@@ -2,8 +2,8 @@ r"""The Q algebra: positive-definite operators on packed matrices, with no knowl
 
 Every family is written as :math:`Q = B B^\top`. What a family supplies is B (``color``) and its transpose (``whiten``);
 in the whitened coordinates :math:`\tilde u = B^\top u`, :math:`\tilde w = B^\top w` the gradients of the auxiliary loss
-are short (docs/maths.md). ``roots`` are the tensors that B is made of, computed once per change of λ and passed back
-in.
+are short (docs/maths.md). ``roots`` are the tensors that B is made of. Training applies Q through ``operator``,
+products of the roots that are kept until λ changes and passed back in: half the work of B and its transpose.
 
 A family has parameters λ (``L``, ``R``, ``s``) and may have a basis (``C_L``, ``C_R``, ``c``) that
 :meth:`QModule.refresh_` takes from running statistics of the Fisher, so that λ at the identity is already K-FAC or its
@@ -14,18 +14,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks
 from ._sides import Side
-from ._trees import assign_, dense
-from ._types import Packed
+from ._trees import assign_, average_, dense
+from ._types import Packed, Symmetrized
 
 __all__ = ["Dense", "QModule"]
 
 Roots = tuple[Tensor, ...]
+Gradients = dict[str, Tensor | Symmetrized]
+Carry = Callable[[Tensor], Tensor]
 
 _S_LIMIT = 30.0  # |s| at which a log-root saturates: e^{±60} in Q is still far inside of float32
 _STATISTICS_RATE = 0.05  # least weight of the newest batch in the running statistics
@@ -35,8 +38,8 @@ class QModule(nn.Module, ABC):
     r"""A symmetric positive-definite operator :math:`Q(\lambda) = BB^\top` on packed matrices of one shape.
 
     Evaluate it at any λ with ``torch.func.functional_call(q, lam, (u,))``. Subclasses define :meth:`roots`,
-    :meth:`whiten`, :meth:`color`, :meth:`relative` and :meth:`diagonal`, and those with a basis :meth:`gather_` and
-    :meth:`refresh_`.
+    :meth:`whiten`, :meth:`color`, :meth:`operator`, :meth:`act`, :meth:`relative` and :meth:`diagonal`, and those
+    with a basis :meth:`gather_` and :meth:`refresh_`.
 
     Args:
         shape: Shape of the packed matrix, ``(m, n)``, or ``(groups, m, n)``, each group having its own Q.
@@ -51,6 +54,7 @@ class QModule(nn.Module, ABC):
     takes_rows = False  # whether gather_ is better served with factors over rows than with a dense gradient
     shape: tuple[int, ...]
     count: Tensor
+    s: Tensor
 
     def __init__(
         self,
@@ -87,7 +91,7 @@ class QModule(nn.Module, ABC):
 
     @abstractmethod
     def roots(self) -> Roots:
-        """Return the tensors that B is made of, from the present λ and basis."""
+        """Return the tensors that B is made of: the present λ and basis, or elementwise functions of them."""
 
     @abstractmethod
     def whiten(self, roots: Roots, u: Packed) -> Packed:
@@ -114,18 +118,34 @@ class QModule(nn.Module, ABC):
         """
 
     @abstractmethod
-    def relative(self, roots: Roots, u: Packed, w: Packed, uz: Packed, wz: Packed) -> dict[str, Tensor]:
+    def operator(self) -> Roots:
+        """Return what Q is applied with, from the present λ and basis: new tensors, or those of the basis."""
+
+    @abstractmethod
+    def act(self, operator: Roots, u: Packed) -> Packed:
+        """Return Q u.
+
+        Args:
+            operator: From :meth:`operator`.
+            u: Packed matrix, dense (leading batch dimensions allowed) or factored.
+
+        Returns:
+            The same kind where the family allows it, else dense.
+        """
+
+    @abstractmethod
+    def relative(self, operator: Roots, u: Packed, v: Packed, w: Packed) -> Gradients:
         r"""Return the relative gradient of :math:`\langle w, Q(\lambda)u \rangle` for each parameter of λ.
 
         Args:
-            roots: From :meth:`roots`.
+            operator: From :meth:`operator`.
             u: Probe.
-            w: Gradient of A in v = Qu, held constant.
-            uz: :math:`B^\top u`.
-            wz: :math:`B^\top w`.
+            v: Q u.
+            w: Gradient of A in v, held constant.
 
         Returns:
-            :math:`L^\top \partial_L`, :math:`\partial_R R^\top` and :math:`\partial_s`, by name of the parameter.
+            :math:`L^\top \partial_L`, :math:`\partial_R R^\top` and :math:`\partial_s`, by name of the parameter;
+            those of matrices factored where that is cheaper.
         """
 
     @abstractmethod
@@ -162,23 +182,41 @@ class QModule(nn.Module, ABC):
         basis = torch.eye(size, dtype=like.dtype, device=like.device).view(size, *self.shape)
         return dense(self.forward(basis)).reshape(size, size).mT
 
-    def retract_(self, gradients: dict[str, Tensor], rate: Tensor, ok: Tensor | None = None) -> None:
+    def retract_(self, operator: Roots, gradients: Gradients, rate: Tensor, ok: Tensor | None = None) -> Carry | None:
         r"""Step λ along relative gradients: :math:`L \leftarrow L(I - \eta G_L / \max(1, \|G_L\|_F))`, R and s alike.
 
         Args:
+            operator: From :meth:`operator`; brought up to date in place.
             gradients: From :meth:`relative`.
             rate: η, 0-d.
             ok: Where given and false, nothing is changed.
+
+        Returns:
+            The map from Q m before to Q m after, for any dense m, where it is cheaper than applying Q.
         """
         for name, gradient in gradients.items():
-            lam = getattr(self, name)
+            lam, gradient = getattr(self, name), dense(gradient)
             if name == "s":
-                step = rate * (lam.numel() * gradient).clamp(-1, 1)
+                self.shift_(gradient, rate, ok)
             else:
                 norm = torch.linalg.matrix_norm(gradient, keepdim=True)
-                move = gradient * (rate / norm.clamp(min=1))
-                step = lam @ move if name == "L" else move @ lam
-            assign_(lam, lam - step, ok)
+                assign_(lam, lam - lam @ (gradient * (rate / norm.clamp(min=1))), ok)
+        self.renew_(operator, ok)
+        return None
+
+    def shift_(self, gradient: Tensor, rate: Tensor, ok: Tensor | None) -> None:
+        """Step the log-scale s along its gradient, each entry by ``rate`` at most."""
+        assign_(self.s, self.s - rate * (self.s.numel() * gradient).clamp(-1, 1), ok)
+
+    def renew_(self, operator: Roots, ok: Tensor | None = None) -> None:
+        """Bring ``operator`` up to date with λ and the basis, in place.
+
+        Args:
+            operator: From :meth:`operator`.
+            ok: Where given and false, nothing is changed.
+        """
+        for kept, new in zip(operator, self.operator(), strict=True):
+            assign_(kept, new, ok)
 
     def scale_(self, factor: float | Tensor) -> None:
         """Multiply Q by a positive factor, through λ.
@@ -229,13 +267,13 @@ class QModule(nn.Module, ABC):
             # an integer: torch 2.13 compiles lose writes to 0-d float64 tensors
             self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=self._device))
 
-    def _average_(self, new: dict[str, Tensor], ok: Tensor | None) -> None:
+    def _average_(self, new: Mapping[str, Packed], ok: Tensor | None) -> None:
         """Move the running means towards ``new``: a plain mean at first, exponential later."""
         assign_(self.count, self.count + 1, ok)
         for name, value in new.items():
             mean = getattr(self, name)
             weight = self.count.to(mean.dtype).reciprocal().clamp(min=_STATISTICS_RATE)
-            assign_(mean, torch.lerp(mean, value, weight), ok)
+            average_(mean, value, weight, ok)
 
     def extra_repr(self) -> str:
         """Return the packed shape for ``print``."""
@@ -288,12 +326,19 @@ class Dense(QModule):
     def color(self, roots: Roots, z: Packed) -> Packed:
         return self._mul(z, roots[0].mT)
 
-    def relative(self, roots: Roots, u: Packed, w: Packed, uz: Packed, wz: Packed) -> dict[str, Tensor]:
-        outer = dense(uz).flatten(-2).unsqueeze(-1) * dense(wz).flatten(-2).unsqueeze(-2)
-        return {"L": outer + outer.mT}
+    def operator(self) -> Roots:
+        return (self.L @ self.L.mT,)
+
+    def act(self, operator: Roots, u: Packed) -> Packed:
+        return self._mul(u, operator[0])
+
+    def relative(self, operator: Roots, u: Packed, v: Packed, w: Packed) -> Gradients:
+        uz, wz = (dense(self.whiten(self.roots(), x)).flatten(-2) for x in (u, w))
+        half = uz.unsqueeze(-1) * wz.unsqueeze(-2)
+        return {"L": half + half.mT}
 
     def flops(self) -> int:
-        return 4 * self.L.numel()
+        return 2 * self.L.numel()
 
     def diagonal(self) -> Tensor:
         return self.L.square().sum(-1).view(self.shape)

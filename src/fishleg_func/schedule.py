@@ -17,7 +17,10 @@ def is_due(t: int, every: int) -> bool:
 
 
 def is_refresh(t: int, every: int) -> bool:
-    """Tell whether a curvature step refreshes the bases: at first each, then every second, and later every fourth.
+    """Tell whether a curvature step refreshes the bases: at first each, then every second, fourth, and eighth.
+
+    From ``every``, ``10 * every`` and ``40 * every`` steps on. Statistics change ever more slowly, and a refresh is the
+    one thing here that costs cubes of the sides.
 
     Args:
         t: Steps so far.
@@ -26,4 +29,5 @@ def is_refresh(t: int, every: int) -> bool:
     Returns:
         One arithmetic expression, as in :func:`is_due`.
     """
-    return (t // every) * (t % (2 * every) + (t // (10 * every)) * (t % (4 * every))) == 0
+    fourth, eighth = t // (10 * every), t // (40 * every)
+    return (t // every) * (t % (2 * every) + fourth * (t % (4 * every)) + eighth * (t % (8 * every))) == 0

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from . import _checks, auxiliary, diagnostics
 from ._noise import Noise
-from ._trees import assign_, dense, inner, inverse_or_zero, total
+from ._trees import assign_, dense, descend_, inner, inverse_or_zero, total
 from ._types import Accuracy, Hyper, Inputs, Options, Packed, Params
 from .batch import Batch, Runner
 from .capture import kept_random_state, restored_on_error, tensors_restored_on_error
-from .curvature import Curvature, both, require_finite
+from .curvature import Curvature, require_finite
 from .likelihoods import Likelihood
+from .momentum import Momentum
 from .schedule import is_due, is_refresh
 
 _DEFAULT_CADENCE = 10  # steps between statistics where update_aux_every=0 learns nothing
@@ -50,10 +51,8 @@ class FishLegStep:
         self._runner, self._options = runner, options
         self._curvature = Curvature(runner.plan.q, rule, hyper, options)
         self.q, self.skipped = self._curvature.q, self._curvature.skipped
-        self._before = options.momentum == "before"
-        # p = Q m, by block, packed; and m, which momentum="after" does not keep
-        self._direction = {k: roots[0].new_zeros(self.q[k].shape) for k, roots in self._curvature.roots.items()}
-        self._momentum = {k: p.clone() for k, p in self._direction.items()} if self._before else {}
+        self._averages = Momentum(self._curvature, hyper.beta, before=options.momentum == "before")
+        self._direction, self._momentum = self._averages.p, self._averages.m
         self._noise, self._meter = Noise(seed, runner.device), Noise(~seed, runner.device)  # of training, of accuracy()
         self._last: tuple[Inputs, Tensor] | None = None  # the last step's batch
         self._t = 0  # steps so far
@@ -105,15 +104,10 @@ class FishLegStep:
         loss, g, checksum = batch.gradient()
         ok = require_finite(loss, checksum, "a gradient")
         self._runner.settle(batch)
-        with tensors_restored_on_error(self._curvature.undoable() if curvature else []):
-            if curvature:
-                batch_for_q = self._auxiliary_batch(batch, inputs, targets)
-                _, ok = self._curvature.update(batch_for_q, lambda: self._probe(g), self._noise, refresh=refresh, ok=ok)
-            m, p = self._averages(g, curvature)
-            ok = both(ok, require_finite(loss, total(x.sum() for x in p.values()), "the direction Q m"))
-        for kept, new in ((self._momentum, m), (self._direction, p)):
-            for name, value in new.items():
-                assign_(kept[name], value, ok)
+        if curvature:
+            ok = self._learn(batch, self._auxiliary_batch(batch, inputs, targets), refresh, ok)
+        else:
+            ok = self._averages.average(loss, g, ok)
         self._move(self._step_scales(), ok)
         for name, buffer in self.model.named_buffers():
             assign_(buffer, batch.buffers[name], ok)
@@ -122,13 +116,26 @@ class FishLegStep:
         self._noise.advance_()
         return loss
 
-    def _averages(self, g: Mapping[str, Packed], q_changed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the new m and p = Q m; while Q stands, p is averaged beside m, from Q g with g factored."""
-        m, p, beta = self._momentum, self._direction, self.hyper.beta
-        m = {k: torch.lerp(dense(g[k]), m[k], beta) for k in m}
-        if m and q_changed:
-            return m, {k: dense(self._curvature.apply(k, m[k])) for k in m}
-        return m, {k: torch.lerp(dense(self._curvature.apply(k, g[k])), p[k], beta) for k in p}
+    def _learn(self, batch: Batch, batch_for_q: Batch, refresh: bool, ok: Tensor | None) -> Tensor | None:
+        """Update Q, and the averages with it; what is written is undone if anything raises."""
+        loss, g, _ = batch.gradient()
+        with tensors_restored_on_error(self._undoable() if refresh else []):
+            stale = self._averages.applied(g) if self._averages.before and not refresh else {}
+            prepared = self._curvature.prepare(
+                batch_for_q, lambda: self._probe(batch, g), self._noise, refresh=refresh, ok=ok
+            )
+            with tensors_restored_on_error([] if refresh else self._movable()):
+                ok = self._averages.follow(loss, g, stale, self._curvature.move(prepared))
+            self._curvature.gather(prepared)
+        return ok
+
+    def _undoable(self) -> list[Tensor]:
+        """Return what an update of Q writes; nothing in compiled code, which raises nothing."""
+        return [] if torch.compiler.is_compiling() else [*self._curvature.tensors().values(), *self._momentum.values()]
+
+    def _movable(self) -> list[Tensor]:
+        """Return what an update of Q writes after all code of the model has run, apart from statistics."""
+        return [] if torch.compiler.is_compiling() else [*self._curvature.movable(), *self._momentum.values()]
 
     def _step_scales(self) -> dict[str, Tensor]:
         """Return s(p) / p of each block, a 0-d tensor."""
@@ -150,7 +157,7 @@ class FishLegStep:
         for block in self._runner.plan.blocks:
             scale = self.hyper.lr * scales[block.name]
             for name, direction in block.unpack(self._direction[block.name], params).items():
-                assign_(params[name], params[name] * keep - scale * direction, ok)
+                descend_(params[name], keep, direction, scale, ok)
 
     def _require_hooks(self) -> None:
         if self._removed:
@@ -168,24 +175,18 @@ class FishLegStep:
 
         return self._runner.run(pytree.tree_map(cut, inputs), targets[:size], twice=True)
 
-    def _probe(self, g: Mapping[str, Packed]) -> Mapping[str, Packed]:
-        """Return the direction u on which Q is learned."""
+    def _probe(self, batch: Batch, g: Mapping[str, Packed]) -> Mapping[str, Packed]:
+        """Return the direction u on which Q is learned, from the gradient g of a batch."""
         if self._options.u == "momentum":
             return {k: torch.lerp(dense(g[k]), m, self.hyper.beta) for k, m in self._momentum.items()}
         if self._options.u == "gaussian":
             noise = self._noise.fork(3)
             return {k: noise.normal(p, i) for i, (k, p) in enumerate(self._direction.items())}
-        return g
-
-    def _refresh_directions(self) -> None:
-        """Bring p = Q m up to date with Q."""
-        for name, m in self._momentum.items():
-            self._direction[name].copy_(dense(self._curvature.apply(name, m)))
+        return batch.probe()
 
     def _sync(self) -> None:
         """Take up what was written into ``q`` from outside since the last eager call."""
-        if self._curvature.sync():
-            self._refresh_directions()
+        self._averages.renew(self._curvature.sync())
 
     @torch.no_grad()
     def update_aux(self, inputs: Inputs, targets: Tensor | None = None) -> Tensor:
@@ -215,15 +216,20 @@ class FishLegStep:
         with kept_random_state(self.model):
             batch = self._runner.run(inputs, targets, twice=True)
             g: Mapping[str, Packed] = {}
+            source = batch
             if self._options.u != "gaussian":
                 source = batch if targets is not None else self._runner.run(*self._last, twice=False)  # type: ignore[misc]
                 loss, g, checksum = source.gradient()
                 require_finite(loss, checksum, "a gradient")
                 self._runner.settle(source)
             refresh = is_refresh(self._updates, 1)
-            with tensors_restored_on_error(self._curvature.undoable()):
-                value, _ = self._curvature.update(batch, lambda: self._probe(g), self._noise, refresh=refresh, ok=None)
-        self._refresh_directions()
+            with tensors_restored_on_error(self._undoable()):
+                prepared = self._curvature.prepare(
+                    batch, lambda: self._probe(source, g), self._noise, refresh=refresh, ok=None
+                )
+                value = self._curvature.move(prepared).value
+                self._curvature.gather(prepared)
+        self._averages.renew(self.q)
         self._updates += 1
         self._noise.advance_()
         return value
@@ -294,9 +300,9 @@ class FishLegStep:
         """
         plan = self._runner.plan
         direct = self._runner.unhooked | {b.name for b in plan.blocks if b.spec is None}
-        momentum = {k: [self._momentum[k]] if self._before else [] for k in self.q}
+        momentum = {k: [self._momentum[k]] if self._momentum else [] for k in self.q}
         state = {
-            k: [*q.parameters(), *q.buffers(), *self._curvature.roots[k], self._direction[k], *momentum[k]]
+            k: [*q.parameters(), *q.buffers(), *self._curvature.operators[k], self._direction[k], *momentum[k]]
             for k, q in self.q.items()
         }
         return diagnostics.report(self.model, plan, direct, state, self.likelihood)
@@ -338,7 +344,7 @@ class FishLegStep:
         for name, tensor in own.items():
             tensor.copy_(state[name])
         self._t, self._updates = int(state["t"]), int(state["updates"])
-        self._curvature.refresh_roots()
+        self._curvature.adopt()
 
     def remove(self) -> None:
         """Take the hooks off the model, which is then as it was before ``fishlegify``."""

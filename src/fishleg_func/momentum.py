@@ -1,0 +1,92 @@
+"""The momentum m and the direction p = Q m, kept as a pair so that Q meets factored gradients only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from ._trees import assign_, average_, checksum, dense
+from ._types import Packed
+from .curvature import Curvature, Learned, both, require_finite
+
+_WHAT = "the direction Q m"
+
+
+class Momentum:
+    """m and p by block, packed dense.
+
+    Args:
+        curvature: Q.
+        beta: Decay of the average, 0-d.
+        before: Whether gradients are averaged before Q is applied; otherwise p averages Q g, and there is no m.
+    """
+
+    def __init__(self, curvature: Curvature, beta: Tensor, *, before: bool) -> None:
+        self._curvature, self._beta, self.before = curvature, beta, before
+        self.p = {k: ts[0].new_zeros(curvature.q[k].shape) for k, ts in curvature.operators.items()}
+        self.m = {k: p.clone() for k, p in self.p.items()} if before else {}
+
+    def average(self, loss: Tensor, g: Mapping[str, Packed], ok: Tensor | None) -> Tensor | None:
+        """Take up a gradient while Q stands: p is averaged beside m, from Q g with g factored.
+
+        Args:
+            loss: The loss, for the error.
+            g: Gradient by block.
+            ok: In compiled code, whether to change anything.
+
+        Returns:
+            ``ok`` with what the direction adds to it.
+
+        Raises:
+            FloatingPointError: If the direction is not finite; nothing is changed (eager only).
+        """
+        weight, qg = 1 - self._beta, self.applied(g)
+        ok = both(ok, require_finite(loss, checksum(qg), _WHAT))
+        for k, m in self.m.items():
+            average_(m, g[k], weight, ok)
+        for k, p in self.p.items():
+            average_(p, qg[k], weight, ok)
+        return ok
+
+    def follow(
+        self, loss: Tensor, g: Mapping[str, Packed], stale: Mapping[str, Packed], learned: Learned
+    ) -> Tensor | None:
+        """Take up a gradient after Q has changed: p is carried along where it can be, or computed anew.
+
+        Args:
+            loss: The loss, for the error.
+            g: Gradient by block.
+            stale: Q g with the Q before, for what is carried along.
+            learned: What has changed Q.
+
+        Returns:
+            ``ok`` with what the direction adds to it.
+
+        Raises:
+            FloatingPointError: If the direction is not finite; m has changed then (eager only).
+        """
+        if not self.before:
+            return self.average(loss, g, learned.ok)
+        weight, new = 1 - self._beta, {}
+        for k, m in self.m.items():
+            average_(m, g[k], weight, learned.ok)
+            carry = learned.carries.get(k)
+            if carry is None:
+                new[k] = dense(self._curvature.apply(k, m))
+            else:
+                new[k] = carry(self.p[k].lerp(dense(stale[k]), weight))
+        ok = both(learned.ok, require_finite(loss, checksum(new), _WHAT))
+        for k, p in new.items():
+            assign_(self.p[k], p, ok)
+        return ok
+
+    def applied(self, g: Mapping[str, Packed]) -> dict[str, Packed]:
+        """Return Q g by block."""
+        return {k: self._curvature.apply(k, x) for k, x in g.items()}
+
+    def renew(self, names: Iterable[str]) -> None:
+        """Compute p = Q m anew, for blocks whose Q was changed from outside."""
+        for k in names:
+            if self.before:
+                self.p[k].copy_(dense(self._curvature.apply(k, self.m[k])))
