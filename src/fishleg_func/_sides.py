@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._linalg import outer_square
+from ._opaque import LONG, opaque, refused, unless_granted
 from ._trees import add_product_, assign_
 from ._types import Shift, Symmetrized
 
@@ -86,10 +87,8 @@ class Side(NamedTuple):
 
     def operator(self, chain: Chain) -> Tensor:
         """Return K, in the shape of :meth:`eye`."""
-        root, *rest = self._trimmed(chain)
-        for matrix in rest:
-            root = root @ matrix
-        return outer_square(root)
+        matrices = self._trimmed(chain)
+        return square(matrices) if self.size >= LONG else _square(matrices)
 
     def _trimmed(self, chain: Chain) -> Chain:
         """Return the matrices without what they have in padded coordinates."""
@@ -140,20 +139,8 @@ class Side(NamedTuple):
         lam = chain[-1]
         *basis, present = self._trimmed(chain)
         if isinstance(gradient, Symmetrized):
-            pair = torch.cat((gradient.x, gradient.y), -2)
-            swapped = torch.cat((gradient.y, gradient.x), -2)
-            gram = swapped @ pair.mT
-            squared = (gram * gram.mT).sum((-2, -1), keepdim=True)  # tr G² = |G|²: G is symmetric
-            sigma = rate / squared.clamp(min=1).sqrt()
-            moved = present @ pair.mT
-            add_product_(lam, moved, swapped * -sigma, ok)
-            for matrix in reversed(basis):
-                moved = matrix @ moved
-            middle = sigma.square() * gram
-            middle.diagonal(dim1=-2, dim2=-1).sub_(2 * sigma.squeeze(-1))
-            change = middle @ torch.cat(moved.chunk(2, -1)[::-1], -1).mT
-            add_product_(operator, moved, change, ok)
-            return Shift(gradient.raw, change)
+            move = move_ if self.size >= LONG else _move_
+            return Shift(gradient.raw, move(operator, lam, present, basis, gradient.x, gradient.y, rate, ok))
         norm = torch.linalg.matrix_norm(gradient, keepdim=True)
         add_product_(lam, present.clone(), gradient * (-rate / norm.clamp(min=1)), ok)
         assign_(operator, self.operator(chain), ok)
@@ -179,3 +166,53 @@ class Side(NamedTuple):
 def _prefers_factors(rows: int, size: int) -> bool:
     """Tell whether moving L and K along a gradient of so many rows takes fewer FLOPs factored than dense."""
     return 7 * rows * size + 4 * rows * rows < 3 * size * size
+
+
+def _square(chain: Chain) -> Tensor:
+    """Return the product of matrices times its own transpose."""
+    root, *rest = chain
+    for matrix in rest:
+        root = root @ matrix
+    return outer_square(root)
+
+
+square = opaque("(Tensor[] chain) -> Tensor", result=lambda chain: torch.empty_like(chain[0]))(_square)
+
+
+def _move_(
+    operator: Tensor,
+    lam: Tensor,
+    present: Tensor,
+    basis: Chain,
+    x: Tensor,
+    y: Tensor,
+    rate: Tensor,
+    ok: Tensor | None,
+) -> Tensor:
+    """Move the learned matrix and K along a factored gradient, and return what K is to the right of ``raw``'s rows."""
+    pair, swapped = torch.cat((x, y), -2), torch.cat((y, x), -2)
+    if refused(ok):
+        return torch.zeros_like(pair)
+    ok = unless_granted(ok)
+    gram = swapped @ pair.mT
+    squared = (gram * gram.mT).sum((-2, -1), keepdim=True)  # tr G² = |G|²: G is symmetric
+    sigma = rate / squared.clamp(min=1).sqrt()
+    moved = present @ pair.mT
+    add_product_(lam, moved, swapped * -sigma, ok)
+    for matrix in reversed(basis):
+        moved = matrix @ moved
+    middle = sigma.square() * gram
+    middle.diagonal(dim1=-2, dim2=-1).sub_(2 * sigma.squeeze(-1))
+    change = middle @ torch.cat(moved.chunk(2, -1)[::-1], -1).mT
+    add_product_(operator, moved, change, ok)
+    return change
+
+
+move_ = opaque(
+    "(Tensor(a!) operator, Tensor(b!) lam, Tensor present, Tensor[] basis, Tensor x, Tensor y, Tensor rate, Tensor? ok)"
+    " -> Tensor",
+    mutates=("operator", "lam"),
+    result=lambda operator, lam, present, basis, x, y, rate, ok: x.new_empty(
+        *x.shape[:-2], 2 * x.shape[-2], x.shape[-1]
+    ),
+)(_move_)

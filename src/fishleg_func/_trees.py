@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from ._opaque import LONG, opaque, refused, unless_granted
 from ._types import LowRank, Packed, Symmetrized
 
 
@@ -92,12 +93,30 @@ def average_(target: Tensor, new: Packed, weight: Tensor, ok: Tensor | None) -> 
 
     A factored ``new`` is multiplied out into the target, without a temporary of its size.
     """
-    if ok is not None:
-        assign_(target, torch.lerp(target, dense(new), weight), ok)
-    elif isinstance(new, LowRank):
-        add_product_(target.mul_(1 - weight), (new.d * weight).mT, new.a, None)
-    else:
+    if isinstance(new, LowRank):
+        average = average_product_ if min(target.shape[-2:]) >= LONG else _average_product_
+        average(target, new.d, new.a, weight, ok)
+    elif ok is None:
         target.lerp_(new, weight)
+    else:
+        assign_(target, torch.lerp(target, new, weight), ok)
+
+
+def _average_product_(target: Tensor, d: Tensor, a: Tensor, weight: Tensor, ok: Tensor | None) -> None:
+    if refused(ok):
+        return
+    ok = unless_granted(ok)
+    if ok is None:
+        add_product_(target.mul_(1 - weight), (d * weight).mT, a, None)
+    else:
+        assign_(target, torch.lerp(target, d.mT @ a, weight), ok)
+
+
+average_product_ = opaque(
+    "(Tensor(a!) target, Tensor d, Tensor a, Tensor weight, Tensor? ok) -> ()",
+    mutates=("target",),
+    result=lambda target, d, a, weight, ok: None,
+)(_average_product_)
 
 
 def descend_(target: Tensor, keep: Tensor, direction: Tensor, rate: Tensor, ok: Tensor | None) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._linalg import inverse_lower
+from ._opaque import opaque
 from ._sides import Chain, Side
 from ._trees import assign_, dense
 from ._types import LowRank, Packed
@@ -80,6 +81,7 @@ def factored_damping(
     return torch.maximum(root * pi, 8 * info.eps * trace_l), torch.maximum(root / pi, 8 * info.eps * trace_r)
 
 
+@opaque("(Tensor cov, Tensor rho, Tensor previous) -> Tensor", result=lambda cov, rho, previous: torch.empty_like(cov))
 def whitening_root(cov: Tensor, rho: Tensor, previous: Tensor) -> Tensor:
     r"""Return the upper triangular C with :math:`CC^\top = (cov + \rho I)^{-1}`.
 
@@ -93,7 +95,7 @@ def whitening_root(cov: Tensor, rho: Tensor, previous: Tensor) -> Tensor:
     lower, info = torch.linalg.cholesky_ex(cov + rho * eye)
     root = inverse_lower(lower).mT
     good = (info == 0)[..., None, None] & root.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    return torch.where(good, root, previous)
+    return torch.where(good, root, previous).contiguous()
 
 
 class Diagonal(QModule):

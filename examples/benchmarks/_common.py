@@ -1,0 +1,284 @@
+"""What the benchmarks run: models with a likelihood, a loss and random batches, and the methods that train them."""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fishleg_func as ff
+
+Batch = tuple[Tensor, Tensor]  # (inputs, targets)
+
+CADENCE = inspect.signature(ff.fishlegify).parameters["update_aux_every"].default
+
+AUTOENCODER = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
+IMAGE = 28  # height and width of the images of the CNN
+CLASSES = 10
+VOCABULARY, WIDTH, HEADS, DEPTH, LENGTH = 256, 256, 4, 4, 128  # of the transformer
+SMALL = 8  # width of the MLP
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model and how it is trained."""
+
+    make: Callable[[], nn.Module]
+    likelihood: ff.likelihoods.Likelihood
+    loss: Callable[[Tensor, Tensor], Tensor]  # (outputs, targets): the likelihood's loss, as users of torch write it
+    draw: Callable[[], Batch]  # a random batch
+
+    def model(self, device: str) -> nn.Module:
+        """Return the model, the same at every call."""
+        torch.manual_seed(0)
+        return self.make().to(device)
+
+    def batch(self, device: str) -> Batch:
+        """Return a fresh batch."""
+        inputs, targets = self.draw()
+        return inputs.to(device), targets.to(device)
+
+
+def autoencoder() -> nn.Sequential:
+    """Return linear layers with a ReLU after each but those of the code and of the output."""
+    linear = (len(AUTOENCODER) // 2 - 1, len(AUTOENCODER) - 2)
+    layers: list[nn.Module] = []
+    for index, (n, m) in enumerate(pairwise(AUTOENCODER)):
+        layers += [nn.Linear(n, m)] if index in linear else [nn.Linear(n, m), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def cnn() -> nn.Sequential:
+    """Return two convolutions with BatchNorm and pooling, and two linear layers."""
+
+    def stage(n: int, m: int) -> list[nn.Module]:
+        return [nn.Conv2d(n, m, 3, padding=1), nn.BatchNorm2d(m), nn.ReLU(), nn.MaxPool2d(2)]
+
+    head = [nn.Flatten(), nn.Linear(32 * (IMAGE // 4) ** 2, 64), nn.ReLU(), nn.Linear(64, CLASSES)]
+    return nn.Sequential(*stage(1, 16), *stage(16, 32), *head)
+
+
+def mlp() -> nn.Sequential:
+    """Return a network so small that only the number of calls counts."""
+    return nn.Sequential(nn.Linear(SMALL, SMALL), nn.ReLU(), nn.Linear(SMALL, SMALL))
+
+
+class Transformer(nn.Module):
+    """A causal transformer: tokens ``[batch, time]`` to the logits of the next ones, ``[batch, time, vocabulary]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.blocks = nn.Sequential(*(Block() for _ in range(DEPTH)))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.head(self.norm(self.blocks(self.token(tokens) + self.position(positions))))
+
+
+class Block(nn.Module):
+    """Attention and a perceptron, each normalized before and added to its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what goes on to the next block, ``[batch, time, width]``."""
+        heads = (
+            self.qkv(self.norm(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        )  # "b t (k h d) -> k b h t d"
+        attended = F.scaled_dot_product_attention(*heads, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+
+def bernoulli(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of logits ``[batch, pixels]``: summed over pixels, mean over images."""
+    return F.binary_cross_entropy_with_logits(outputs, targets, reduction="sum") / len(targets)
+
+
+def categorical(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean loss of logits ``[..., classes]``."""
+    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
+
+def _autoencoder(size: int) -> Problem:
+    def draw() -> Batch:
+        images = torch.rand(size, AUTOENCODER[0])
+        return images, images
+
+    return Problem(autoencoder, ff.likelihoods.Bernoulli(), bernoulli, draw)
+
+
+def _classifier(make: Callable[[], nn.Module], draw: Callable[[], Batch]) -> Problem:
+    return Problem(make, ff.likelihoods.Categorical(), categorical, draw)
+
+
+PROBLEMS = {
+    "ae32": _autoencoder(32),
+    "ae100": _autoencoder(100),
+    "ae500": _autoencoder(500),
+    "cnn": _classifier(cnn, lambda: (torch.rand(128, 1, IMAGE, IMAGE), torch.randint(CLASSES, (128,)))),
+    "transformer": _classifier(Transformer, lambda: tuple(torch.randint(VOCABULARY, (2, 16, LENGTH)))),
+    "mlp": _classifier(mlp, lambda: (torch.randn(32, SMALL), torch.randint(SMALL, (32,)))),
+}
+
+
+# The methods
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method at work on a model of its own."""
+
+    step: Callable[[Tensor, Tensor], object]
+    state_bytes: Callable[[], int]  # kept between steps
+    period: int  # steps in which it does all that it ever does
+    jump: Callable[[int], None] | None = None  # FishLeg: make the next step number t
+
+
+def contender(method: str, problem: Problem, device: str, original: Path | None = None) -> Contender:
+    """Return a method at its defaults, ready to train the problem's model.
+
+    Args:
+        method: One of ``METHODS``.
+        problem: What to train.
+        device: Where.
+        original: Checkout of the original FishLeg, for the method ``"original"``.
+
+    Returns:
+        The contender, which has made no step yet.
+    """
+    model = problem.model(device)
+    if method == "original":
+        return make_original(problem, model, device, original)
+    return MAKERS[method](problem, model)
+
+
+def make_fishleg(problem: Problem, model: nn.Module, compiled: bool = False) -> Contender:
+    """Return FishLeg."""
+    step = ff.fishlegify(model, problem.likelihood)
+
+    def jump(t: int) -> None:
+        step.load_state_dict(step.state_dict() | {"t": t})
+
+    def state_bytes() -> int:
+        return sum(row.state_bytes for row in step.report().rows)
+
+    return Contender(torch.compile(step, fullgraph=True) if compiled else step, state_bytes, CADENCE, jump)
+
+
+def make_adamw(problem: Problem, model: nn.Module) -> Contender:
+    """Return AdamW."""
+    return conventional(problem, model, [torch.optim.AdamW(model.parameters())])
+
+
+def make_muon(problem: Problem, model: nn.Module) -> Contender:
+    """Return Muon for the weights of linear layers, and AdamW for the rest: it takes matrices only."""
+    tables = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    matrices = [p for p in model.parameters() if p.ndim == 2 and p not in tables]
+    rest = [p for p in model.parameters() if p.ndim != 2 or p in tables]
+    return conventional(problem, model, [torch.optim.Muon(matrices), torch.optim.AdamW(rest)])
+
+
+def make_soap(problem: Problem, model: nn.Module) -> Contender:
+    """Return SOAP, which renews its bases every so many steps."""
+    optimizer = importlib.import_module("pytorch_optimizer").SOAP(model.parameters())
+    return conventional(problem, model, [optimizer], optimizer.defaults["precondition_frequency"])
+
+
+def make_shampoo(problem: Problem, model: nn.Module) -> Contender:
+    """Return Shampoo, which takes the roots of its matrices every so many steps (at the defaults: at each)."""
+    optimizer = importlib.import_module("pytorch_optimizer").Shampoo(model.parameters())
+    return conventional(problem, model, [optimizer], optimizer.preconditioning_compute_steps)
+
+
+def make_original(problem: Problem, model: nn.Module, device: str, folder: Path) -> Contender:
+    """Return the original FishLeg, with the initial scale that its examples give it."""
+    original = import_original(folder)
+    damping = inspect.signature(original.FishLeg).parameters["damping"].default
+    model = original.initialise_FishModel(model, "__ALL__", fish_scale=1 / damping).to(device)
+    names = {ff.likelihoods.Bernoulli: "bernoulli", ff.likelihoods.Categorical: "softmax"}
+    likelihood = original.FISH_LIKELIHOODS[names[type(problem.likelihood)]](device=device)
+    auxiliary = [problem.batch(device)]  # a loader of one batch, which costs no time
+    optimizer = original.FishLeg(model, auxiliary, likelihood, device=device)
+    learned = [p for p in model.parameters() if isinstance(p, original.FishAuxParameter)]
+    every = optimizer.defaults["update_aux_every"]
+    return conventional(problem, model, [optimizer], every, [learned, optimizer.aux_opt.state])
+
+
+def import_original(folder: Path) -> ModuleType:
+    """Return the original's package, with stand-ins for what it imports but does not use here."""
+    stand_ins = {
+        "transformers.models.bert.modeling_bert": {"BertAttention": type("BertAttention", (nn.Module,), {})},
+        "torch.utils.tensorboard": {"SummaryWriter": object},
+    }
+    for name, contents in stand_ins.items():
+        module = ModuleType(name)
+        vars(module).update(contents)
+        sys.modules.setdefault(name, module)
+    source = str(folder.absolute() / "src")
+    if source not in sys.path:
+        sys.path.append(source)
+    return importlib.import_module("optim.FishLeg")
+
+
+def conventional(
+    problem: Problem, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], period: int = 1, more: Any = ()
+) -> Contender:
+    """Return the usual training step: zero_grad, forward, backward, update.
+
+    Args:
+        problem: Gives the loss.
+        model: The model.
+        optimizers: For parts of the model each, together for all of it.
+        period: Steps in which they do all that they ever do.
+        more: What is kept between steps beside the optimizers' own state.
+
+    Returns:
+        A contender.
+    """
+
+    def step(inputs: Tensor, targets: Tensor) -> None:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        problem.loss(model(inputs), targets).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return Contender(step, lambda: tensor_bytes([[o.state for o in optimizers], more]), period)
+
+
+def tensor_bytes(state: Any) -> int:
+    """Return the bytes of all tensors in nested containers."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, Mapping | list | tuple):
+        return sum(map(tensor_bytes, state.values() if isinstance(state, Mapping) else state))
+    return 0
+
+
+MAKERS: dict[str, Callable[[Problem, nn.Module], Contender]] = {
+    "adamw": make_adamw,
+    "fishleg": make_fishleg,
+    "compiled": partial(make_fishleg, compiled=True),
+    "muon": make_muon,
+    "soap": make_soap,
+    "shampoo": make_shampoo,
+}
+METHODS = (*MAKERS, "original")
