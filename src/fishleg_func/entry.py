@@ -78,7 +78,8 @@ def fishlegify(
             patterns on block, module or parameter names to these, the first match winning.
         fisher: Fisher-vector product of the auxiliary loss: ``"exact"``, ``"sampled"``, ``"empirical"`` or
             ``"antithetic"``, see :func:`fisher_vector_product`.
-        u: Probe direction: ``"gradient"``, ``"momentum"`` or ``"gaussian"``.
+        u: Probe direction: ``"gradient"``, in layers with both sides of 128 and more estimated from 16 evenly spaced
+            rows, which bounds the cost of an update; ``"momentum"``; or ``"gaussian"``.
         step_norm: ``"layer"`` scales each layer's step to the Frobenius norm of an orthogonal matrix of its shape;
             ``"kl"`` bounds the predicted KL divergence of the step by ``step.hyper.kl_clip`` (1e-3 nats); ``None``
             takes the step as it is.

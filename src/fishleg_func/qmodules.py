@@ -205,7 +205,13 @@ class QModule(nn.Module, ABC):
         return None
 
     def shift_(self, gradient: Tensor, rate: Tensor, ok: Tensor | None) -> None:
-        """Step the log-scale s along its gradient, each entry by ``rate`` at most."""
+        """Step the log-scale s along its gradient, each entry by ``rate`` at most.
+
+        Args:
+            gradient: Of the shape of s.
+            rate: η, 0-d.
+            ok: Where given and false, nothing is changed.
+        """
         assign_(self.s, self.s - rate * (self.s.numel() * gradient).clamp(-1, 1), ok)
 
     def renew_(self, operator: Roots, ok: Tensor | None = None) -> None:
