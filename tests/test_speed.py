@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import assert_close, randn
 from test_qmodules import build, check_relative, check_retract
-from torch import nn
+from torch import Tensor, nn
 
 import fishleg_func as ff
 from fishleg_func import _linalg, blocks
@@ -101,23 +101,118 @@ def test_few_rows_are_all_probed(rows: int) -> None:
     step = ff.fishlegify(wide(), ff.likelihoods.Gaussian())
     batch = step._runner.run(torch.randn(rows, 140), torch.randn(rows, 3), twice=True)
     _, g, _ = batch.gradient()
-    assert all(x is g[k] for k, x in batch.probe().items())
+    assert all(x is g[k] for k, x in batch.probe(step.q).items())
 
 
-def test_many_rows_are_probed_evenly_and_the_estimate_is_that_of_the_gradient() -> None:
-    """Hold that the probe of the long layer is the gradient of every k-th example, and exact for equal examples."""
+def test_many_rows_are_probed_by_some_and_the_estimate_is_that_of_the_gradient() -> None:
+    """Hold that the probe of the long layer is the gradient of some examples, and exact for equal examples."""
     model, count = wide().double(), 4 * blocks._PROBE_ROWS
     step = ff.fishlegify(model, ff.likelihoods.Gaussian())
     x, y = randn(count, 140), randn(count, 3, seed=1)
     batch = step._runner.run(x, y, twice=True)
-    u, g = batch.probe(), batch.gradient()[1]
-    twin = copy.deepcopy(model)
-    ff.likelihoods.Gaussian().nll(twin(x[::4]), y[::4]).backward()
+    u, g = batch.probe(step.q), batch.gradient()[1]
+    twin, chosen = copy.deepcopy(model), blocks.spread(count, x.device)
+    ff.likelihoods.Gaussian().nll(twin(x[chosen]), y[chosen]).backward()
     assert isinstance(u["0"], LowRank) and u["0"].d.shape[0] == blocks._PROBE_ROWS
     assert_close(u["0"].dense()[:, :-1], twin[0].weight.grad, 1e-10)  # type: ignore[arg-type]
     assert u["2"] is g["2"]
     equal = step._runner.run(x[:1].expand(count, -1), y[:1].expand(count, -1), twice=True)
-    assert_close(dense(equal.probe()["0"]), dense(equal.gradient()[1]["0"]), 1e-10)
+    assert_close(dense(equal.probe(step.q)["0"]), dense(equal.gradient()[1]["0"]), 1e-10)
+
+
+@pytest.mark.parametrize("count", [32, 33, 512, 2048, 25088])
+@pytest.mark.parametrize("period", [2, 8, 32, 49, 128])
+def test_probed_rows_follow_no_period(count: int, period: int) -> None:
+    """Rows are ordered by example, then by position: hold that a probe is of many positions, and of all examples."""
+    rows = blocks.spread(count, torch.device("cpu"))
+    assert len(rows.unique()) == blocks._PROBE_ROWS and rows[0] >= 0 and rows[-1] < count
+    if count >= 16 * period:
+        assert len((rows % period).unique()) >= min(period, 16) // 2
+
+
+def test_masked_positions_do_not_blind_the_probe() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 128), nn.Linear(128, 128), nn.Linear(128, 140))
+    step = ff.fishlegify(model, ff.likelihoods.Categorical())
+    x, y = torch.randint(50, (16, 32)), torch.randint(140, (16, 32))
+    y[:, :4] = -100
+    batch = step._runner.run(x, y, twice=True)
+    batch.gradient()
+    assert all(dense(u).norm() > 0 for u in batch.probe(step.q).values())
+
+
+@pytest.mark.parametrize("family", ["eigen", "scaled_kronecker", "diagonal"])
+def test_families_that_keep_no_factors_are_probed_by_the_gradient_itself(family: str) -> None:
+    step = ff.fishlegify(wide(), ff.likelihoods.Gaussian(), q=family)
+    batch = step._runner.run(torch.randn(200, 140), torch.randn(200, 3), twice=True)
+    g = batch.gradient()[1]
+    assert all(x is g[k] for k, x in batch.probe(step.q).items())
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (2, 6, 6)])
+@pytest.mark.parametrize("ok", [None, True, False])
+def test_opaque_operators_are_what_torch_takes_them_for(shape: tuple[int, ...], ok: bool | None) -> None:
+    """Check schemas, mutations and the strides of results, with the transposed matrices that the right side passes."""
+    allowed = None if ok is None else torch.tensor(ok)
+    a, b = torch.randn(shape), torch.randn(shape).mT
+    x, y = torch.randn(*shape[:-2], 2, 6), torch.randn(*shape[:-2], 2, 6)
+    given: dict[str, tuple[object, ...]] = {
+        "_square": ([b, a],),
+        "_move_": (a.clone(), b, b.clone(), [a], x, y, torch.tensor(0.2), allowed),
+        "_average_product_": (a.clone(), x, y, torch.tensor(0.1), allowed),
+        "whitening_root": (a @ a.mT, torch.ones(shape[:-2]), a.clone()),
+    }
+    for name, arguments in given.items():
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(getattr(torch.ops.fishleg_func, name).default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("q", ["kfac", "kronecker"])
+def test_compiled_steps_with_long_sides_are_eager_ones(q: str) -> None:
+    torch._dynamo.reset()
+    models = [wide().double() for _ in range(2)]
+    steps = [ff.fishlegify(m, ff.likelihoods.Gaussian(), q=q, update_aux_every=3) for m in models]
+    x, y = randn(50, 140), randn(50, 3, seed=1)
+    compiled = torch.compile(steps[1], fullgraph=True, backend="aot_eager")
+    for _ in range(10):
+        steps[0](x, y)
+        compiled(x, y)
+    for name, p in models[0].named_parameters():
+        assert_close(models[1].get_parameter(name), p, 1e-9, name)
+    before = steps[1].state_dict()  # reading it, or the natural gradient, changes nothing between compiled steps
+    steps[1].natural_gradient(x, y)
+    after = steps[1].state_dict()
+    assert all(torch.equal(t, after[k]) for k, t in before.items() if isinstance(t, Tensor))
+
+
+def test_a_direction_that_overflows_after_q_was_changed_is_refused() -> None:
+    model = nn.Linear(3, 2)
+    step = ff.fishlegify(model, ff.likelihoods.Gaussian(), q="kronecker")
+    for _ in range(12):
+        step(torch.randn(5, 3), 1e4 * torch.randn(5, 2))
+    for _ in range(2):
+        step.q["(root)"].scale_(1e25)
+    before = [p.clone() for p in model.parameters()]
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match="direction"):
+            step(torch.zeros(5, 3), model(torch.zeros(5, 3)).detach() + 1e-30)
+    assert all(map(torch.equal, before, model.parameters()))
+    for _ in range(2):
+        step.q["(root)"].scale_(1e-25)
+    assert step(torch.randn(5, 3), torch.randn(5, 2)).isfinite()
+
+
+def test_a_family_of_ones_own_steps_l_from_the_right_and_r_from_the_left() -> None:
+    q = ff.families.Kronecker((3, 4), dtype=torch.float64)
+    q.R.copy_(randn(3, 3) + 2 * torch.eye(3))
+    q.L.copy_(randn(4, 4, seed=1) + 2 * torch.eye(4))
+    twin = copy.deepcopy(q)
+    gradients = {"L": randn(4, 4, seed=2), "R": randn(3, 3, seed=3)}
+    gradients = {k: g + g.mT for k, g in gradients.items()}
+    q.retract_(q.operator(), dict(gradients), torch.tensor(0.2).double())
+    ff.QModule.retract_(twin, twin.operator(), dict(gradients), torch.tensor(0.2).double())
+    assert_close(twin.L, q.L, 1e-12)
+    assert_close(twin.R, q.R, 1e-12)
 
 
 def test_probes_of_long_layers_lower_the_auxiliary_loss() -> None:

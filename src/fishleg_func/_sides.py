@@ -24,8 +24,8 @@ Chain = Sequence[Tensor]
 class Side(NamedTuple):
     """A matrix acting on an axis of length ``dim``, kept as ``blocks`` diagonal blocks of ``size``.
 
-    Where the blocks do not divide the axis, it is padded; the padded coordinates are dropped again, so that the matrix
-    acting on the axis is a principal submatrix of the stored one, and positive definite with it.
+    Where the blocks do not divide the axis, it is padded; the padded coordinates are dropped again, so that each matrix
+    acts on the axis as a principal submatrix of the stored one, and is positive definite with it.
     """
 
     dim: int
@@ -176,7 +176,7 @@ def _square(chain: Chain) -> Tensor:
     return outer_square(root)
 
 
-square = opaque("(Tensor[] chain) -> Tensor", result=lambda chain: torch.empty_like(chain[0]))(_square)
+square = opaque("(Tensor[] chain) -> Tensor", result=lambda chain: chain[0].new_empty(chain[0].shape))(_square)
 
 
 def _move_(

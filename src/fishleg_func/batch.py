@@ -179,10 +179,10 @@ class Batch:
         g = self._packing.gradients(self._pulled)
         return loss, g, checksum(g)
 
-    def probe(self) -> dict[str, Packed]:
+    def probe(self, q: Mapping[str, QModule]) -> dict[str, Packed]:
         """Return the gradient as a probe for λ, in long layers estimated from some of its rows."""
         _, g, _ = self.gradient()
-        return self._packing.probe(self._pulled, g)
+        return self._packing.probe(self._pulled, g, q)
 
     def random_gradient(self, q: Mapping[str, QModule], noise: Noise) -> tuple[dict[str, Packed], Tensor, Tensor]:
         r"""Return a draw z, :math:`E[zz^\top] = F`, for the statistics, its square checksum, and if there are terms."""

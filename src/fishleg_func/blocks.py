@@ -18,6 +18,7 @@ from .qmodules import QModule
 
 _PROBE_ROWS = 16  # rows that a probe is estimated from,
 _PROBE_SIDE = 128  # in layers with both sides as long as this
+_GOLDEN = 0.6180339887498949  # multiples of it are spread evenly over the fractions, and never repeat
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,22 @@ def prefers_rows(shape: tuple[int, ...], rows: int) -> bool:
     return rows * (m * m + n * n + m * n) < m * n * (m + n)
 
 
+def spread(count: int, device: torch.device) -> Tensor:
+    """Return the rows of a probe: one in each of as many equal parts, at places that follow no period.
+
+    Rows are ordered by example, then by position: at equal distances all might be of the same position.
+
+    Args:
+        count: Number of rows there are.
+        device: Of the result.
+
+    Returns:
+        Indices, ascending.
+    """
+    part = torch.arange(_PROBE_ROWS, device=device, dtype=torch.float64)
+    return ((part + (part * _GOLDEN) % 1) * (count / _PROBE_ROWS)).long()
+
+
 class Packing:
     """Turns what one linearization sees and pulls back into packed matrices, and packed directions into tangents.
 
@@ -115,27 +132,27 @@ class Packing:
         """Pack ``(deltas, direct gradients)``: factored where rows are few, dense elsewhere."""
         return {b.name: self._packed(b, pulled, None) for b in self.blocks}
 
-    def probe(self, pulled: Any, gradients: Mapping[str, Packed]) -> dict[str, Packed]:
-        """Return gradients in which layers with long sides and many rows are estimated from evenly spaced rows.
+    def probe(self, pulled: Any, gradients: Mapping[str, Packed], q: Mapping[str, QModule]) -> dict[str, Packed]:
+        """Return gradients in which layers with long sides and many rows are estimated from some of the rows.
 
-        The cost of an update of λ grows with the rank of its probe.
+        The cost of an update of λ grows with the rank of its probe, where Q keeps factors.
 
         Args:
             pulled: What ``gradients`` were packed from.
             gradients: From :meth:`gradients`.
+            q: Q modules.
         """
-        return {b.name: self._few_rows(b, pulled, gradients[b.name]) for b in self.blocks}
+        return {b.name: self._few_rows(b, pulled, gradients[b.name], q[b.name]) for b in self.blocks}
 
-    def _few_rows(self, block: Block, pulled: Any, gradient: Packed) -> Packed:
-        if block.name not in self.seen or min(block.shape[-2:]) < _PROBE_SIDE:
+    def _few_rows(self, block: Block, pulled: Any, gradient: Packed, q: QModule) -> Packed:
+        if block.name not in self.seen or not q.keeps_factors or min(block.shape[-2:]) < _PROBE_SIDE:
             return gradient
         rows = self._packed(block, pulled, True)
         assert isinstance(rows, LowRank)
         count = rows.d.shape[-2]
-        stride = count // _PROBE_ROWS
-        if stride < 2:
+        if count < 2 * _PROBE_ROWS:
             return gradient
-        chosen = slice(0, _PROBE_ROWS * stride, stride)
+        chosen = spread(count, rows.d.device)
         return LowRank(rows.d[..., chosen, :] * (count / _PROBE_ROWS), rows.a[..., chosen, :])
 
     def statistics(self, pulled: Any, q: Mapping[str, QModule]) -> dict[str, Packed]:

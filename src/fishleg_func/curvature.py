@@ -15,6 +15,8 @@ from ._types import Hyper, Options, Packed
 from .batch import Batch
 from .qmodules import Carry, QModule, Roots
 
+_ROUNDING = 64.0  # units in the last place by which an operator that was moved along may differ from a new one
+
 
 class Prepared(NamedTuple):
     """What an update of the curvature needs, once all code of the model has run.
@@ -123,7 +125,7 @@ class Curvature:
         """Move λ by the rule; where A is not finite, λ stays."""
         probe, ok = prepared.probe, prepared.ok
         if probe is None:
-            return Learned(torch.zeros_like(self._hyper.lr), {}, ok)
+            return Learned(torch.zeros_like(self._hyper.lr), self._carries(prepared, _stay), ok)
         finite, changed = probe.loss.isfinite(), ok
         if torch.compiler.is_compiling():
             self.skipped.add_((~finite if ok is None else ok & ~finite).long())
@@ -131,10 +133,13 @@ class Curvature:
         elif not finite:
             self.skipped.add_(1)
             warnings.warn("A(λ) is not finite: this auxiliary update was left out; raise damping", stacklevel=2)
-            return Learned(probe.loss, {}, ok)
+            return Learned(probe.loss, self._carries(prepared, _stay), ok)
         carries = self.rule(probe, self.q, changed)
         self.adopt()
         return Learned(probe.loss, {} if prepared.refreshed else carries, ok)
+
+    def _carries(self, prepared: Prepared, carry: Carry) -> auxiliary.Carries:
+        return {} if prepared.refreshed else dict.fromkeys(self.q, carry)
 
     def gather(self, prepared: Prepared) -> None:
         """Add the statistics that wait for the next refresh."""
@@ -146,7 +151,7 @@ class Curvature:
         """Return what :meth:`move` writes."""
         lam = [p for q in self.q.values() for p in q.parameters()]
         moments = list(self.rule.tensors().values()) if isinstance(self.rule, auxiliary.Adam) else []
-        return [*lam, *(t for ts in self.operators.values() for t in ts), *moments]
+        return [*lam, *(t for name in self.q for t in self.own(name)), *moments]
 
     def renew(self, names: Iterable[str] | None = None, ok: Tensor | None = None) -> None:
         """Compute operators anew, of all blocks or some: updates of λ move them along, up to rounding."""
@@ -162,10 +167,19 @@ class Curvature:
     def sync(self) -> list[str]:
         """Take up what was written into ``q`` from outside, and return the blocks where something was; eager only."""
         now = self._tensor_versions()
-        changed = [name for name in now if now[name] != self._versions[name]]
-        if changed:
-            self.renew(changed)
+        touched = [name for name in now if now[name] != self._versions[name]]  # compiled steps do not take note
+        changed = [name for name in touched if self._outdated(name)]
+        self.renew(changed)
         return changed
+
+    def _outdated(self, name: str) -> bool:
+        """Tell whether an operator is not that of λ and the basis, beyond rounding."""
+        pairs = zip(self.operators[name], self.q[name].operator(), strict=True)
+        return not all(torch.dist(t, new) <= _ROUNDING * torch.finfo(t.dtype).eps * new.norm() for t, new in pairs)
+
+    def own(self, name: str) -> list[Tensor]:
+        """Return the tensors of an operator that are not the basis itself."""
+        return [t for t in self.operators[name] if all(t is not b for b in self.q[name].buffers())]
 
     def _tensor_versions(self) -> dict[str, list[int]]:
         return {k: [t._version for t in (*q.parameters(), *q.buffers())] for k, q in self.q.items()}
@@ -173,10 +187,15 @@ class Curvature:
     def tensors(self) -> dict[str, Tensor]:
         """Return the state by name: λ, bases, statistics, operators, the rule's moments; the tensors themselves."""
         named = {f"q.{name}.{key}": t for name, q in self.q.items() for key, t in q.state_dict().items()}
-        named |= {f"operator.{name}.{i}": t for name, ts in self.operators.items() for i, t in enumerate(ts)}
+        named |= {f"operator.{name}.{i}": t for name in self.q for i, t in enumerate(self.own(name))}
         if isinstance(self.rule, auxiliary.Adam):
             named |= {f"adam.{key}": t for key, t in self.rule.tensors().items()}
         return named
+
+
+def _stay(p: Tensor) -> Tensor:
+    """Q has not changed: nor has Q m."""
+    return p
 
 
 def require_finite(loss: Tensor, checksum: Tensor, what: str) -> Tensor | None:

@@ -35,6 +35,7 @@ class Kronecker(QModule):
         [[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]]
     """
 
+    keeps_factors = True
     L: Tensor
     R: Tensor
 
@@ -133,6 +134,7 @@ class ScaledKronecker(Kronecker):
         [[1.0, 1.0]]
     """
 
+    keeps_factors = False
     s: Tensor
 
     def _setup(self) -> None:

@@ -26,6 +26,7 @@ class Momentum:
         self._curvature, self._beta, self.before = curvature, beta, before
         self.p = {k: ts[0].new_zeros(curvature.q[k].shape) for k, ts in curvature.operators.items()}
         self.m = {k: p.clone() for k, p in self.p.items()} if before else {}
+        self._unsound: set[str] = set()  # blocks whose p is not finite, since Q was changed outside of a step
 
     def average(self, loss: Tensor, g: Mapping[str, Packed], ok: Tensor | None) -> Tensor | None:
         """Take up a gradient while Q stands: p is averaged beside m, from Q g with g factored.
@@ -42,7 +43,8 @@ class Momentum:
             FloatingPointError: If the direction is not finite; nothing is changed (eager only).
         """
         weight, qg = 1 - self._beta, self.applied(g)
-        ok = both(ok, require_finite(loss, checksum(qg), _WHAT))
+        total = checksum(qg) if not self._unsound else checksum({k: self.p[k] for k in self._unsound})
+        ok = both(ok, require_finite(loss, total, _WHAT))
         for k, m in self.m.items():
             average_(m, g[k], weight, ok)
         for k, p in self.p.items():
@@ -64,21 +66,27 @@ class Momentum:
             ``ok`` with what the direction adds to it.
 
         Raises:
-            FloatingPointError: If the direction is not finite; m has changed then (eager only).
+            FloatingPointError: If the direction is not finite; m and p are not changed (eager only).
         """
         if not self.before:
             return self.average(loss, g, learned.ok)
-        weight, new = 1 - self._beta, {}
+        weight = 1 - self._beta
+        new_m: dict[str, Tensor] = {}
+        new_p: dict[str, Tensor] = {}
         for k, m in self.m.items():
-            average_(m, g[k], weight, learned.ok)
             carry = learned.carries.get(k)
             if carry is None:
-                new[k] = dense(self._curvature.apply(k, m))
+                new_m[k] = m.lerp(dense(g[k]), weight)
+                new_p[k] = dense(self._curvature.apply(k, new_m[k]))
             else:
-                new[k] = carry(self.p[k].lerp(dense(stale[k]), weight))
-        ok = both(learned.ok, require_finite(loss, checksum(new), _WHAT))
-        for k, p in new.items():
-            assign_(self.p[k], p, ok)
+                new_p[k] = carry(self.p[k].lerp(dense(stale[k]), weight))
+        ok = both(learned.ok, require_finite(loss, checksum(new_p), _WHAT))
+        for k, m in self.m.items():
+            if k in new_m:
+                assign_(m, new_m[k], ok)
+            else:
+                average_(m, g[k], weight, ok)
+            assign_(self.p[k], new_p[k], ok)
         return ok
 
     def applied(self, g: Mapping[str, Packed]) -> dict[str, Packed]:
@@ -86,7 +94,13 @@ class Momentum:
         return {k: self._curvature.apply(k, x) for k, x in g.items()}
 
     def renew(self, names: Iterable[str]) -> None:
-        """Compute p = Q m anew, for blocks whose Q was changed from outside."""
-        for k in names:
-            if self.before:
-                self.p[k].copy_(dense(self._curvature.apply(k, self.m[k])))
+        """Compute p = Q m anew, for blocks whose Q was changed outside of a step; eager only.
+
+        Where it is not finite, the next step says so, unless Q has changed again by then.
+
+        Args:
+            names: The blocks.
+        """
+        for k in names if self.before else ():
+            self.p[k].copy_(dense(self._curvature.apply(k, self.m[k])))
+            (self._unsound.discard if self.p[k].sum().isfinite() else self._unsound.add)(k)

@@ -52,6 +52,7 @@ class QModule(nn.Module, ABC):
     """
 
     takes_rows = False  # whether gather_ is better served with factors over rows than with a dense gradient
+    keeps_factors = False  # whether Q of a factored matrix is factored, and moves of λ cost less for it
     shape: tuple[int, ...]
     count: Tensor
     s: Tensor
@@ -200,7 +201,8 @@ class QModule(nn.Module, ABC):
                 self.shift_(gradient, rate, ok)
             else:
                 norm = torch.linalg.matrix_norm(gradient, keepdim=True)
-                assign_(lam, lam - lam @ (gradient * (rate / norm.clamp(min=1))), ok)
+                move = gradient * (rate / norm.clamp(min=1))
+                assign_(lam, lam - (lam @ move if name == "L" else move @ lam), ok)
         self.renew_(operator, ok)
         return None
 

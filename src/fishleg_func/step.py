@@ -131,11 +131,11 @@ class FishLegStep:
 
     def _undoable(self) -> list[Tensor]:
         """Return what an update of Q writes; nothing in compiled code, which raises nothing."""
-        return [] if torch.compiler.is_compiling() else [*self._curvature.tensors().values(), *self._momentum.values()]
+        return [] if torch.compiler.is_compiling() else [*self._curvature.tensors().values(), self.skipped]
 
     def _movable(self) -> list[Tensor]:
         """Return what an update of Q writes after all code of the model has run, apart from statistics."""
-        return [] if torch.compiler.is_compiling() else [*self._curvature.movable(), *self._momentum.values()]
+        return [] if torch.compiler.is_compiling() else [*self._curvature.movable(), self.skipped]
 
     def _step_scales(self) -> dict[str, Tensor]:
         """Return s(p) / p of each block, a 0-d tensor."""
@@ -182,7 +182,7 @@ class FishLegStep:
         if self._options.u == "gaussian":
             noise = self._noise.fork(3)
             return {k: noise.normal(p, i) for i, (k, p) in enumerate(self._direction.items())}
-        return batch.probe()
+        return batch.probe(self.q)
 
     def _sync(self) -> None:
         """Take up what was written into ``q`` from outside since the last eager call."""
@@ -302,7 +302,7 @@ class FishLegStep:
         direct = self._runner.unhooked | {b.name for b in plan.blocks if b.spec is None}
         momentum = {k: [self._momentum[k]] if self._momentum else [] for k in self.q}
         state = {
-            k: [*q.parameters(), *q.buffers(), *self._curvature.operators[k], self._direction[k], *momentum[k]]
+            k: [*q.parameters(), *q.buffers(), *self._curvature.own(k), self._direction[k], *momentum[k]]
             for k, q in self.q.items()
         }
         return diagnostics.report(self.model, plan, direct, state, self.likelihood)
