@@ -111,7 +111,7 @@ def test_many_rows_are_probed_by_some_and_the_estimate_is_that_of_the_gradient()
     x, y = randn(count, 140), randn(count, 3, seed=1)
     batch = step._runner.run(x, y, twice=True)
     u, g = batch.probe(step.q), batch.gradient()[1]
-    twin, chosen = copy.deepcopy(model), blocks.spread(count, x.device)
+    twin, chosen = copy.deepcopy(model), blocks.spread(count, blocks._PROBE_ROWS, x.device)
     ff.likelihoods.Gaussian().nll(twin(x[chosen]), y[chosen]).backward()
     assert isinstance(u["0"], LowRank) and u["0"].d.shape[0] == blocks._PROBE_ROWS
     assert_close(u["0"].dense()[:, :-1], twin[0].weight.grad, 1e-10)  # type: ignore[arg-type]
@@ -124,7 +124,7 @@ def test_many_rows_are_probed_by_some_and_the_estimate_is_that_of_the_gradient()
 @pytest.mark.parametrize("period", [2, 8, 32, 49, 128])
 def test_probed_rows_follow_no_period(count: int, period: int) -> None:
     """Rows are ordered by example, then by position: hold that a probe is of many positions, and of all examples."""
-    rows = blocks.spread(count, torch.device("cpu"))
+    rows = blocks.spread(count, blocks._PROBE_ROWS, torch.device("cpu"))
     assert len(rows.unique()) == blocks._PROBE_ROWS and rows[0] >= 0 and rows[-1] < count
     if count >= 16 * period:
         assert len((rows % period).unique()) >= min(period, 16) // 2
@@ -139,6 +139,26 @@ def test_masked_positions_do_not_blind_the_probe() -> None:
     batch = step._runner.run(x, y, twice=True)
     batch.gradient()
     assert all(dense(u).norm() > 0 for u in batch.probe(step.q).values())
+
+
+@pytest.mark.parametrize("layer", ["conv", "linear"])
+def test_statistics_of_many_rows_are_estimated_without_bias(layer: str) -> None:
+    """Hold cov_L and cov_R of many noisy positions near those of all rows, which the oracle's formula takes."""
+    torch.manual_seed(0)
+    model: nn.Module = nn.Conv2d(3, 4, 3, padding=1) if layer == "conv" else nn.Linear(6, 4)
+    x = torch.randn(200, 3, 9, 9) if layer == "conv" else torch.randn(200, 81, 6)
+    step = ff.fishlegify(model.double(), ff.likelihoods.Gaussian())
+    spec, q = step._runner.plan.blocks[0].spec, step.q["(root)"]
+    assert spec is not None
+    batch = step._runner.run(x.double(), None if step.likelihood else torch.zeros_like(model(x.double())), twice=True)
+    noise = step._noise.fork(1)
+    z = batch.random_gradient(step.q, noise)[0]["(root)"]
+    assert isinstance(z, LowRank) and z.d.shape[-2] == blocks._STATISTICS_ROWS
+    a = spec.input_rows(x.double())
+    d = spec.output_rows(batch._lin.pullback(torch.ones_like(batch._lin.outputs) / 200**0.5)[0]["(root)"][0])
+    q.gather_(z)  # signs of each element are all that is random: with one, the diagonals are exact
+    assert_close(q.get_buffer("cov_L"), a.mT @ a / len(a), 0.35)
+    assert_close(q.get_buffer("cov_R").diagonal(), (d.mT @ d).diagonal(), 1e-8)
 
 
 @pytest.mark.parametrize("family", ["eigen", "scaled_kronecker", "diagonal"])

@@ -48,14 +48,14 @@ def opaque(schema: str, *, mutates: tuple[str, ...] = (), result: Callable[P, R]
 
 def refused(ok: Tensor | None) -> bool:
     """Tell whether ``ok``, a 0-d bool or ``None``, is false, where reading it costs nothing; elsewhere say no."""
-    return _readable(ok) and not ok
+    return ok is not None and readable(ok) and not ok
 
 
 def unless_granted(ok: Tensor | None) -> Tensor | None:
     """Return ``None`` where ``ok`` is known to be true at no cost, else ``ok``."""
-    return None if _readable(ok) and ok else ok
+    return None if ok is not None and readable(ok) and ok else ok
 
 
-def _readable(ok: Tensor | None) -> bool:
-    """Tell whether the value may be read: not while compiling, nor from a device that runs behind."""
-    return ok is not None and not torch.compiler.is_compiling() and ok.device.type == "cpu"
+def readable(scalar: Tensor) -> bool:
+    """Tell whether the value of a 0-d tensor may be read: not while compiling, nor from a device that runs behind."""
+    return not torch.compiler.is_compiling() and scalar.device.type == "cpu"

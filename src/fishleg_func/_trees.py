@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ._opaque import LONG, opaque, refused, unless_granted
+from ._opaque import LONG, opaque, readable, refused, unless_granted
 from ._types import LowRank, Packed, Symmetrized
 
 
@@ -106,7 +106,9 @@ def _average_product_(target: Tensor, d: Tensor, a: Tensor, weight: Tensor, ok: 
     if refused(ok):
         return
     ok = unless_granted(ok)
-    if ok is None:
+    if ok is None and target.ndim == 2 and readable(weight):
+        target.addmm_((d * weight).mT, a, beta=1 - float(weight))
+    elif ok is None:
         add_product_(target.mul_(1 - weight), (d * weight).mT, a, None)
     else:
         assign_(target, torch.lerp(target, d.mT @ a, weight), ok)
@@ -122,6 +124,8 @@ average_product_ = opaque(
 def descend_(target: Tensor, keep: Tensor, direction: Tensor, rate: Tensor, ok: Tensor | None) -> None:
     """Write ``keep * target - rate * direction``, keep and rate 0-d; with ``ok`` only where it is true."""
     if ok is None:
-        target.mul_(keep).addcmul_(direction, rate, value=-1)
+        if not readable(keep) or keep != 1:
+            target.mul_(keep)
+        target.addcmul_(direction, rate, value=-1)
     else:
         assign_(target, keep * target - rate * direction, ok)

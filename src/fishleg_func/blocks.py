@@ -18,6 +18,8 @@ from .qmodules import QModule
 
 _PROBE_ROWS = 16  # rows that a probe is estimated from,
 _PROBE_SIDE = 128  # in layers with both sides as long as this
+_STATISTICS_ROWS = 512  # most rows that a batch adds to the statistics of a layer,
+_STATISTICS_EXAMPLES = 32  # and most examples, where each has many rows
 _GOLDEN = 0.6180339887498949  # multiples of it are spread evenly over the fractions, and never repeat
 
 
@@ -73,20 +75,21 @@ def prefers_rows(shape: tuple[int, ...], rows: int) -> bool:
     return rows * (m * m + n * n + m * n) < m * n * (m + n)
 
 
-def spread(count: int, device: torch.device) -> Tensor:
-    """Return the rows of a probe: one in each of as many equal parts, at places that follow no period.
+def spread(count: int, parts: int, device: torch.device) -> Tensor:
+    """Choose rows, one in each of equal parts, at places that follow no period.
 
     Rows are ordered by example, then by position: at equal distances all might be of the same position.
 
     Args:
         count: Number of rows there are.
+        parts: Number of rows to choose.
         device: Of the result.
 
     Returns:
         Indices, ascending.
     """
-    part = torch.arange(_PROBE_ROWS, device=device, dtype=torch.float64)
-    return ((part + (part * _GOLDEN) % 1) * (count / _PROBE_ROWS)).long()
+    part = torch.arange(parts, device=device, dtype=torch.float64)
+    return ((part + (part * _GOLDEN) % 1) * (count / parts)).long()
 
 
 class Packing:
@@ -152,12 +155,40 @@ class Packing:
         count = rows.d.shape[-2]
         if count < 2 * _PROBE_ROWS:
             return gradient
-        chosen = spread(count, rows.d.device)
+        chosen = spread(count, _PROBE_ROWS, rows.d.device)
         return LowRank(rows.d[..., chosen, :] * (count / _PROBE_ROWS), rows.a[..., chosen, :])
 
     def statistics(self, pulled: Any, q: Mapping[str, QModule]) -> dict[str, Packed]:
-        """Pack a random gradient for the Q modules that have a basis: as rows for those that take them."""
-        return {b.name: self._packed(b, pulled, q[b.name].takes_rows) for b in self.blocks if q[b.name].has_basis}
+        """Pack a random gradient for the Q modules that have a basis: as rows, some if many, for those that take rows.
+
+        Args:
+            pulled: The random gradient. Only sums over rows are taken of it: some rows, scaled, have the same mean.
+            q: Q modules.
+
+        Returns:
+            By block.
+        """
+        based = [b for b in self.blocks if q[b.name].has_basis]
+        rows = {b.name for b in based if b.name in self.seen and q[b.name].takes_rows}
+        return {b.name: self._some_rows(b, pulled) if b.name in rows else self._packed(b, pulled, False) for b in based}
+
+    def _some_rows(self, block: Block, pulled: Any) -> LowRank:
+        spec, xs = block.spec, self.seen[block.name]
+        assert spec is not None
+        ds = pulled[0][block.name][: len(xs)]
+        if all(spec.has_positions(x) and len(x) > _STATISTICS_EXAMPLES for x in xs):
+            scale = [math.sqrt(len(x) / _STATISTICS_EXAMPLES) for x in xs]
+            chosen = [spread(len(x), _STATISTICS_EXAMPLES, x.device) for x in xs]
+            ds = [d[i] * factor for d, i, factor in zip(ds, chosen, scale, strict=True)]
+            a = torch.cat([spec.input_rows(x[i]) for x, i in zip(xs, chosen, strict=True)], -2)
+        else:
+            a = self.input_rows(block)
+        d = torch.cat([spec.output_rows(d) for d in ds], -2)
+        count = d.shape[-2]
+        if count <= _STATISTICS_ROWS:
+            return LowRank(d, a)
+        some = spread(count, _STATISTICS_ROWS, d.device)
+        return LowRank(d[..., some, :] * math.sqrt(count / _STATISTICS_ROWS), a[..., some, :])
 
     def tangents(self, v: Mapping[str, Packed], params: Params) -> tuple[Seen, Params]:
         """Return how layer outputs and direct parameters move when the packed parameters move by ``v``."""

@@ -97,6 +97,17 @@ class LayerSpec(ABC):
             Shape ``[rows, m]`` or ``[groups, rows, m]``.
         """
 
+    def has_positions(self, x: Tensor) -> bool:
+        """Tell whether the first axis of an input is examples, each of which makes several rows.
+
+        Args:
+            x: What the layer was called with.
+
+        Returns:
+            By default false: no example is ever left out of the statistics.
+        """
+        return False
+
     def gradient(self, x: Tensor, delta: Tensor) -> Tensor:
         """Return the packed gradient, dense; by default from the rows.
 
@@ -143,6 +154,9 @@ class LinearSpec(LayerSpec):
 
     def output_rows(self, delta: Tensor) -> Tensor:
         return delta.reshape(-1, delta.shape[-1])
+
+    def has_positions(self, x: Tensor) -> bool:
+        return x.ndim > 2
 
     def tangent(self, x: Tensor, v: Packed) -> Tensor:
         rows = self.input_rows(x)
@@ -216,6 +230,9 @@ class ConvSpec(LayerSpec):
         delta = delta.reshape(delta.shape[0], self.groups, -1, *delta.shape[2:])  # b (g o) ... -> g (b positions) o
         rows = delta.movedim((1, 2), (0, -1)).flatten(1, -2)
         return rows.reshape(*self.shape[:-2], -1, self.shape[-2])
+
+    def has_positions(self, x: Tensor) -> bool:
+        return x.ndim == len(self.kernel) + 2
 
     def gradient(self, x: Tensor, delta: Tensor) -> Tensor:
         x, delta = self._padded(self._batched(x)), self._batched(delta)

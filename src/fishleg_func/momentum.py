@@ -45,9 +45,9 @@ class Momentum:
         weight, qg = 1 - self._beta, self.applied(g)
         total = checksum(qg) if not self._unsound else checksum({k: self.p[k] for k in self._unsound})
         ok = both(ok, require_finite(loss, total, _WHAT))
-        for k, m in self.m.items():
-            average_(m, g[k], weight, ok)
         for k, p in self.p.items():
+            if k in self.m:
+                average_(self.m[k], g[k], weight, ok)
             average_(p, qg[k], weight, ok)
         return ok
 
