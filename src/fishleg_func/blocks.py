@@ -88,7 +88,7 @@ def spread(count: int, parts: int, device: torch.device) -> Tensor:
     Returns:
         Indices, ascending.
     """
-    part = torch.arange(parts, device=device, dtype=torch.float64)
+    part = torch.arange(parts, device=device, dtype=torch.float32)
     return ((part + (part * _GOLDEN) % 1) * (count / parts)).long()
 
 
