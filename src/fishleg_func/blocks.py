@@ -92,6 +92,12 @@ def spread(count: int, parts: int, device: torch.device) -> Tensor:
     return ((part + (part * _GOLDEN) % 1) * (count / parts)).long()
 
 
+def thinned(rows: LowRank, parts: int, factor: float) -> LowRank:
+    """Return some of the rows, see :func:`spread`, with the left factor multiplied by ``factor``."""
+    chosen = spread(rows.d.shape[-2], parts, rows.d.device)
+    return LowRank(rows.d[..., chosen, :] * factor, rows.a[..., chosen, :])
+
+
 class Packing:
     """Turns what one linearization sees and pulls back into packed matrices, and packed directions into tangents.
 
@@ -153,10 +159,7 @@ class Packing:
         rows = self._packed(block, pulled, True)
         assert isinstance(rows, LowRank)
         count = rows.d.shape[-2]
-        if count < 2 * _PROBE_ROWS:
-            return gradient
-        chosen = spread(count, _PROBE_ROWS, rows.d.device)
-        return LowRank(rows.d[..., chosen, :] * (count / _PROBE_ROWS), rows.a[..., chosen, :])
+        return gradient if count < 2 * _PROBE_ROWS else thinned(rows, _PROBE_ROWS, count / _PROBE_ROWS)
 
     def statistics(self, pulled: Any, q: Mapping[str, QModule]) -> dict[str, Packed]:
         """Pack a random gradient for the Q modules that have a basis: as rows, some if many, for those that take rows.
@@ -183,12 +186,10 @@ class Packing:
             a = torch.cat([spec.input_rows(x[i]) for x, i in zip(xs, chosen, strict=True)], -2)
         else:
             a = self.input_rows(block)
-        d = torch.cat([spec.output_rows(d) for d in ds], -2)
-        count = d.shape[-2]
-        if count <= _STATISTICS_ROWS:
-            return LowRank(d, a)
-        some = spread(count, _STATISTICS_ROWS, d.device)
-        return LowRank(d[..., some, :] * math.sqrt(count / _STATISTICS_ROWS), a[..., some, :])
+        rows = LowRank(torch.cat([spec.output_rows(d) for d in ds], -2), a)
+        count = rows.d.shape[-2]
+        few = count <= _STATISTICS_ROWS
+        return rows if few else thinned(rows, _STATISTICS_ROWS, math.sqrt(count / _STATISTICS_ROWS))
 
     def tangents(self, v: Mapping[str, Packed], params: Params) -> tuple[Seen, Params]:
         """Return how layer outputs and direct parameters move when the packed parameters move by ``v``."""
