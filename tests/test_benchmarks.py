@@ -100,3 +100,94 @@ def test_profile_counts_operations_over_the_schedule(capsys: pytest.CaptureFixtu
     assert all(ratio > 1 for ratio in found.values())
     printed = capsys.readouterr().out
     assert "aten::mm" in printed and "GFLOP/s" in printed
+
+
+# The race
+
+
+@pytest.fixture
+def race() -> ModuleType:
+    return importlib.import_module("race")
+
+
+def run(race: ModuleType, method: str, rate: float, seed: int, *losses: float) -> object:
+    points = [race.Point(10 * i, float(i), loss, loss, 0.5) for i, loss in enumerate(losses)]
+    return race.Run(method, rate, seed, tuple(points))
+
+
+def book(*runs: object) -> dict[tuple[str, float, int], object]:
+    return {(r.method, r.rate, r.seed): r for r in runs}  # type: ignore[attr-defined]
+
+
+def test_race_extends_a_grid_whose_best_is_at_an_end(race: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(race.GRIDS, "adamw", (1.0, 2.0, 4.0, 8.0))
+    assert race.missing("adamw", {}, 2) == [("adamw", rate, 0) for rate in (1.0, 2.0, 4.0, 8.0)]
+    inside = book(*(run(race, "adamw", rate, 0, 9, loss) for rate, loss in ((1.0, 5), (2.0, 3), (4.0, 4), (8.0, 6))))
+    assert race.missing("adamw", inside, 2) == [("adamw", 2.0, 1)]
+    at_the_end = inside | book(run(race, "adamw", 8.0, 0, 9, 1))
+    assert race.missing("adamw", at_the_end, 2) == [("adamw", 16.0, 0)]
+    at_the_start = inside | book(run(race, "adamw", 1.0, 0, 9, 1))
+    assert race.missing("adamw", at_the_start, 2) == [("adamw", 0.5, 0)]
+    extended = at_the_end | book(*(run(race, "adamw", 8.0 * 2**i, 0, 9, 1 - i) for i in range(1, 5)))
+    assert race.missing("adamw", extended, 1) == []  # no further than allowed
+
+
+def test_race_runs_fishleg_at_its_default_only(race: ModuleType) -> None:
+    assert race.missing("fishleg", {}, 2) == [("fishleg", 0.02, 0)]
+    method = "fishleg damping=1e-3 u='momentum'"
+    assert race.missing(method, book(run(race, method, 0.02, 0, 1)), 2) == [(method, 0.02, 1)]
+    assert race.settings(method) == ("fishleg", {"damping": 1e-3, "u": "momentum"})
+
+
+def test_race_reports_steps_and_seconds_to_the_rival(race: ModuleType) -> None:
+    arguments = ["--task", "digits", "--methods", "fishleg", "adamw", "kfac", "--seeds", "1"]
+    runs = book(
+        run(race, "fishleg", 0.02, 0, 9, 4, 3, 1), run(race, "adamw", 1.0, 0, 9, 8, 6, 4),
+        run(race, "adamw", 2.0, 0, 9, 8, 7, 5), run(race, "kfac", 1.0, 0, 9, float("inf")),
+    )  # fmt: skip
+    cells = [list(column.cells) for column in race.table(race.parse(arguments), runs).columns]
+    assert cells[1] == ["0.02", "1", "1"] and cells[3] == ["1", "4", "inf"]
+    assert cells[-2:] == [["33%", "100%", "never"], ["1.0", "3.0", "never"]]
+    assert len(race.picture(race.parse(arguments), runs).axes[0].lines) == 2
+
+
+@pytest.mark.slow
+def test_race_goes_on_where_it_stopped(race: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, plot = tmp_path / "race.json", tmp_path / "race.png"
+    arguments = ["--task", "digits", "--methods", "fishleg", "muon", "--budget", "0.5", "--json", str(file)]
+    monkeypatch.setitem(race.GRIDS, "muon", (1e-3,))
+    monkeypatch.setattr(race, "MOST_EXTENSIONS", 0)
+    runs = race.main([*arguments, "--seeds", "1", "--plot", str(plot)])
+    assert [(r.method, r.seed) for r in runs] == [("fishleg", 0), ("muon", 0)] and plot.stat().st_size > 1000
+    for one in runs:
+        assert one.points[0].step == 0 and one.points[-1].step == 14 and one.final < one.points[0].test_loss
+        assert one.points[-1].accuracy is not None and one.points[-1].seconds > 0
+    before = file.read_text()
+    assert race.main([*arguments, "--seeds", "1"]) == runs and file.read_text() == before
+    assert [r.seed for r in race.main([*arguments, "--seeds", "2"])] == [0, 0, 1, 1]
+    with pytest.raises(SystemExit, match="holds another race"):
+        race.main([*arguments, "--batch-size", "20"])
+
+
+def test_a_run_that_breaks_down_counts_as_infinite(race: ModuleType) -> None:
+    config = race.parse(["--task", "digits", "--budget", "0.5"])
+    assert race.train(config, "adamw", 1e30, 0).final == float("inf")
+    assert race.train(config, "fishleg", 1e30, 0).final == float("inf")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--methods", "sgd"], ["--methods", "original"], ["--budget", "-1"], ["--seeds", "0"]]
+)
+def test_race_refuses(race: ModuleType, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        race.main(["--task", "digits", *arguments])
+
+
+def test_inverse_measures_both_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inverse, plot = importlib.import_module("inverse"), tmp_path / "inverse.png"
+    found = inverse.main(["--networks", "linear", "--steps", "20", "--points", "2", "--plot", str(plot)])["linear"]
+    assert found.keys() == inverse.METHODS.keys() and plot.stat().st_size > 1000
+    for points in found.values():
+        assert [p.step for p in points] == [10, 20]
+        assert all(0 < p.matrix_bound < p.matrix and p.gradient_bound > 0 for p in points)
+    assert "deep linear network" in capsys.readouterr().out

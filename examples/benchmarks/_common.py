@@ -48,11 +48,11 @@ class Problem:
         return inputs.to(device), targets.to(device)
 
 
-def autoencoder() -> nn.Sequential:
+def autoencoder(widths: Sequence[int] = AUTOENCODER) -> nn.Sequential:
     """Return linear layers with a ReLU after each but those of the code and of the output."""
-    linear = (len(AUTOENCODER) // 2 - 1, len(AUTOENCODER) - 2)
+    linear = (len(widths) // 2 - 1, len(widths) - 2)
     layers: list[nn.Module] = []
-    for index, (n, m) in enumerate(pairwise(AUTOENCODER)):
+    for index, (n, m) in enumerate(pairwise(widths)):
         layers += [nn.Linear(n, m)] if index in linear else [nn.Linear(n, m), nn.ReLU()]
     return nn.Sequential(*layers)
 
@@ -75,11 +75,13 @@ def mlp() -> nn.Sequential:
 class Transformer(nn.Module):
     """A causal transformer: tokens ``[batch, time]`` to the logits of the next ones, ``[batch, time, vocabulary]``."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, vocabulary: int = VOCABULARY, width: int = WIDTH, depth: int = DEPTH, length: int = LENGTH
+    ) -> None:
         super().__init__()
-        self.token, self.position = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(DEPTH)))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits."""
@@ -90,11 +92,11 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """Attention and a perceptron, each normalized before and added to its input."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(
-            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,31 +150,29 @@ class Contender:
 
     step: Callable[[Tensor, Tensor], object]
     state_bytes: Callable[[], int]  # kept between steps
+    set_rate: Callable[[float], None]  # of learning
     period: int  # steps in which it does all that it ever does
     jump: Callable[[int], None] | None = None  # FishLeg: make the next step number t
 
 
-def contender(method: str, problem: Problem, device: str, original: Path | None = None) -> Contender:
-    """Return a method at its defaults, ready to train the problem's model.
+def contender(method: str, problem: Problem, model: nn.Module, original: Path | None = None) -> Contender:
+    """Return a method at its defaults, ready to train a model.
 
     Args:
         method: One of ``METHODS``.
-        problem: What to train.
-        device: Where.
+        problem: The likelihood, the loss and the batches.
+        model: From ``problem.model``.
         original: Checkout of the original FishLeg, for the method ``"original"``.
 
     Returns:
         The contender, which has made no step yet.
     """
-    model = problem.model(device)
-    if method == "original":
-        return make_original(problem, model, device, original)
-    return MAKERS[method](problem, model)
+    return make_original(problem, model, original) if method == "original" else MAKERS[method](problem, model)
 
 
-def make_fishleg(problem: Problem, model: nn.Module, compiled: bool = False) -> Contender:
-    """Return FishLeg."""
-    step = ff.fishlegify(model, problem.likelihood)
+def make_fishleg(problem: Problem, model: nn.Module, compiled: bool = False, **settings: Any) -> Contender:
+    """Return FishLeg, at its defaults but for the settings."""
+    step = ff.fishlegify(model, problem.likelihood, **settings)
 
     def jump(t: int) -> None:
         step.load_state_dict(step.state_dict() | {"t": t})
@@ -180,7 +180,8 @@ def make_fishleg(problem: Problem, model: nn.Module, compiled: bool = False) -> 
     def state_bytes() -> int:
         return sum(row.state_bytes for row in step.report().rows)
 
-    return Contender(torch.compile(step, fullgraph=True) if compiled else step, state_bytes, CADENCE, jump)
+    set_rate = step.hyper.lr.fill_
+    return Contender(torch.compile(step, fullgraph=True) if compiled else step, state_bytes, set_rate, CADENCE, jump)
 
 
 def make_adamw(problem: Problem, model: nn.Module) -> Contender:
@@ -189,11 +190,15 @@ def make_adamw(problem: Problem, model: nn.Module) -> Contender:
 
 
 def make_muon(problem: Problem, model: nn.Module) -> Contender:
-    """Return Muon for the weights of linear layers, and AdamW for the rest: it takes matrices only."""
+    """Return Muon for the weights of linear layers, and AdamW for the rest: it takes matrices only.
+
+    Its updates are scaled to the size of AdamW's, so that one rate suits both.
+    """
     tables = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     matrices = [p for p in model.parameters() if p.ndim == 2 and p not in tables]
     rest = [p for p in model.parameters() if p.ndim != 2 or p in tables]
-    return conventional(problem, model, [torch.optim.Muon(matrices), torch.optim.AdamW(rest)])
+    muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")
+    return conventional(problem, model, [muon, torch.optim.AdamW(rest)])
 
 
 def make_soap(problem: Problem, model: nn.Module) -> Contender:
@@ -208,9 +213,10 @@ def make_shampoo(problem: Problem, model: nn.Module) -> Contender:
     return conventional(problem, model, [optimizer], optimizer.preconditioning_compute_steps)
 
 
-def make_original(problem: Problem, model: nn.Module, device: str, folder: Path) -> Contender:
+def make_original(problem: Problem, model: nn.Module, folder: Path) -> Contender:
     """Return the original FishLeg, with the initial scale that its examples give it."""
     original = import_original(folder)
+    device = next(model.parameters()).device.type
     damping = inspect.signature(original.FishLeg).parameters["damping"].default
     model = original.initialise_FishModel(model, "__ALL__", fish_scale=1 / damping).to(device)
     names = {ff.likelihoods.Bernoulli: "bernoulli", ff.likelihoods.Categorical: "softmax"}
@@ -261,7 +267,12 @@ def conventional(
         for optimizer in optimizers:
             optimizer.step()
 
-    return Contender(step, lambda: tensor_bytes([[o.state for o in optimizers], more]), period)
+    def set_rate(rate: float) -> None:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+    return Contender(step, lambda: tensor_bytes([[o.state for o in optimizers], more]), set_rate, period)
 
 
 def tensor_bytes(state: Any) -> int:

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     torch.set_num_threads(args.threads)
     problem = PROBLEMS[args.model]
     batch = problem.batch("cpu")
-    methods = {name: contender(name, problem, "cpu") for name in ("adamw", "fishleg")}
+    methods = {name: contender(name, problem, problem.model("cpu")) for name in ("adamw", "fishleg")}
     for method in methods.values():
         for _ in range(4):
             method.step(*batch)

@@ -172,7 +172,7 @@ def model_costs(name: str, config: Config) -> ModelCosts:
     methods = ("adamw", *(m for m in config.methods if (m, name) not in UNSUPPORTED))
     peaks = {m: in_new_process(peak_memory, m, name, config) for m in methods} if config.memory else {}
     torch.compiler.reset()  # torch gives up after so many graphs, those of other models included
-    contenders = {m: contender(m, problem, config.device, config.original) for m in methods}
+    contenders = {m: contender(m, problem, problem.model(config.device), config.original) for m in methods}
     seconds = {m: warm_up(contenders[m], problem.batch(config.device)) for m in methods}
     steps = min(max(math.ceil(STRETCH_SECONDS / seconds["adamw"]), STRETCH[0]), STRETCH[1])
     slow = {m for m in MAY_BE_SLOW.intersection(methods) if seconds[m] > SLOW_SECONDS}
@@ -248,7 +248,8 @@ def peak_memory(method: str, name: str, config: Config) -> int:
     """Return the peak bytes of this process after each kind of step."""
     torch.set_num_threads(config.threads)
     problem = PROBLEMS[name]
-    warm_up(contender(method, problem, config.device, config.original), problem.batch(config.device))
+    model = problem.model(config.device)
+    warm_up(contender(method, problem, model, config.original), problem.batch(config.device))
     if config.device == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")  # Linux; getrusage counts there the parent process from before exec
@@ -269,7 +270,7 @@ def compile_seconds(name: str, config: Config, cache: str) -> tuple[int, float, 
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     torch.set_num_threads(config.threads)
     problem = PROBLEMS[name]
-    step = contender("compiled", problem, config.device).step
+    step = contender("compiled", problem, problem.model(config.device)).step
     steps = [(kind(t), timed(step, problem.batch(config.device))) for t in range(4 * CADENCE)]  # each kind comes again
     usual = {name: min(seconds for k, seconds in steps if k == name) for name in KINDS}
     excess = [seconds - usual[k] for k, seconds in steps]
