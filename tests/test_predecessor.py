@@ -42,7 +42,8 @@ def product(model: nn.Module, likelihood: Any, v: Tensor, **options: Any) -> Ten
 @pytest.mark.parametrize("fisher", ["exact", "sampled", "antithetic"])
 def test_d01_q_converges_to_the_damped_inverse_with_every_fisher(fisher: str) -> None:
     x = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 0.3]]).double().repeat(20, 1)
-    step = ff.fishlegify(nn.Linear(2, 1, bias=False).double(), Gaussian(), q="dense", u="gaussian", fisher=fisher)
+    settings = {"q": "dense", "u": "gaussian", "damping": 3e-3}
+    step = ff.fishlegify(nn.Linear(2, 1, bias=False).double(), Gaussian(), fisher=fisher, **settings)  # type: ignore[arg-type]
     step(x, x[:, :1])
     first = step.accuracy(x, n=64).overall
     for i in range(400):

@@ -1,5 +1,6 @@
 """What the race trains: tasks with a model, a likelihood, real or generated data, and a usual budget."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import data
 
 CURVES = 30_000  # images, a third of them to test on
 LENGTH, WIDTH, DEPTH = 64, 128, 2  # of the transformer and of its sequences
+CHARACTERS, ASCII = 1_000_000, 128  # of the text to train on, and the number of its different characters
 TEST_SEQUENCES = 512
 
 
@@ -77,34 +79,24 @@ def labelled(name: str, flat: bool) -> Split:
 
 @cache
 def text() -> Split:
-    """Return sequences of characters and the characters that follow, from the documentation that Python carries.
+    """Return sequences of characters and the characters that follow, from the sources of Python's standard library.
 
-    The last tenth of the text is the test part; its vocabulary is that of all of it.
+    Every tenth module is one to test on. All characters beyond ASCII are one character.
     """
-    from pydoc_data.topics import topics
-
-    whole = "\n".join(topics.values())
-    index = {character: i for i, character in enumerate(sorted(set(whole)))}
-    codes = torch.tensor([index[character] for character in whole])
-    part = len(codes) * 9 // 10
+    modules = [path.read_text(encoding="utf-8") for path in sorted(Path(os.__file__).parent.glob("*.py"))]
+    parts = ["".join(m for i, m in enumerate(modules) if (i % 10 == 9) == test) for test in (False, True)]
+    train, test = (torch.tensor([min(c, ASCII) for c in map(ord, part[:CHARACTERS])]) for part in parts)
 
     def cut(x: Tensor) -> tuple[Tensor, Tensor]:
         count = (len(x) - 1) // LENGTH
         return x[: count * LENGTH].view(count, LENGTH), x[1 : count * LENGTH + 1].view(count, LENGTH)
 
-    (inputs, targets), test = cut(codes[:part]), cut(codes[part:])
-    return Split((inputs, targets), (test[0][:TEST_SEQUENCES], test[1][:TEST_SEQUENCES]))
-
-
-def vocabulary() -> int:
-    """Return the number of different characters in the text."""
-    split = text()
-    return 1 + max(int(x.max()) for part in (split.train, split.test) for x in part)
+    return Split(cut(train), tuple(x[:TEST_SEQUENCES] for x in cut(test)))
 
 
 def transformer() -> nn.Module:
     """Return a causal transformer for the text."""
-    return Transformer(vocabulary(), WIDTH, DEPTH, LENGTH)
+    return Transformer(ASCII + 1, WIDTH, DEPTH, LENGTH)
 
 
 def mlp() -> nn.Sequential:
@@ -129,5 +121,5 @@ TASKS = {
     "fashion-cnn": _classifier(
         "CNN with BatchNorm, Fashion-MNIST", cnn, partial(labelled, "fashion-mnist", flat=False), 100, 3
     ),
-    "text": _classifier("causal transformer, characters of Python's documentation", transformer, text, 32, 5),
+    "text": _classifier("causal transformer, characters of Python's library", transformer, text, 16, 1),
 }

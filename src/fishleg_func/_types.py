@@ -115,7 +115,8 @@ class Hyper:
 
     Attributes:
         lr: Learning rate η.
-        damping: γ, in the units of the Fisher.
+        damping: The fixed part of γ, in the units of the Fisher.
+        relative_damping: The part of γ that follows the outputs: a multiple of the mean of their Fisher's diagonal.
         aux_lr: Rate of the auxiliary update of λ.
         weight_decay: Decoupled: parameters shrink by ``lr * weight_decay`` at every step.
         beta: Decay of the momentum.
@@ -124,6 +125,7 @@ class Hyper:
 
     lr: Tensor
     damping: Tensor
+    relative_damping: Tensor
     aux_lr: Tensor
     weight_decay: Tensor
     beta: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -184,12 +185,28 @@ class Batch:
         _, g, _ = self.gradient()
         return self._packing.probe(self._pulled, g, q)
 
-    def random_gradient(self, q: Mapping[str, QModule], noise: Noise) -> tuple[dict[str, Packed], Tensor, Tensor]:
-        r"""Return a draw z, :math:`E[zz^\top] = F`, for the statistics, its square checksum, and if there are terms."""
-        weight = self.likelihood.weight(self._lin.outputs, self._targets)
-        pulled = self._lin.pullback(weight.sqrt() * self.likelihood.score(self._lin.outputs, noise))
-        z = self._packing.statistics(pulled, q)
-        return z, square_checksum(z), weight.sum() > 0
+    def random_gradient(
+        self, q: Mapping[str, QModule], noise: Noise
+    ) -> tuple[dict[str, Packed], Tensor, Tensor, Tensor]:
+        r"""Draw what statistics of the Fisher are made of.
+
+        Args:
+            q: Q modules.
+            noise: Source of the draw.
+
+        Returns:
+            For the blocks with a basis a draw z, :math:`E[zz^\top] = F`; the mean diagonal entry of the Fisher of the
+            outputs, ``[1]``; a checksum of the squares of all that; and whether there are terms.
+        """
+        outputs = self._lin.outputs
+        weight = self.likelihood.weight(outputs, self._targets)
+        scores = weight.sqrt() * self.likelihood.score(outputs, noise)
+        events = math.prod([outputs.shape[i] for i in self.likelihood.event_dims(outputs)])
+        level = scores.square().sum().unsqueeze(0) / events
+        z: dict[str, Packed] = {}
+        if any(module.has_basis for module in q.values()):
+            z = self._packing.statistics(self._lin.pullback(scores), q)
+        return z, level, square_checksum({"level": level, **z}), weight.sum() > 0
 
     def fisher(self, kind: str, noise: Noise) -> PackedMap:
         r"""Return :math:`v \mapsto Fv` over all blocks.

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from . import _checks, auxiliary
 from ._noise import Noise
+from ._trees import assign_, average_
 from ._types import Hyper, Options, Packed
 from .batch import Batch
-from .qmodules import Carry, QModule, Roots
+from .qmodules import Carry, QModule, Roots, statistics_weight
 
 _ROUNDING = 64.0  # units in the last place by which an operator that was moved along may differ from a new one
 
@@ -22,7 +23,8 @@ class Prepared(NamedTuple):
     """What an update of the curvature needs, once all code of the model has run.
 
     Attributes:
-        statistics: Random gradients that are to be gathered yet.
+        statistics: Random gradients; gathered already where the bases were refreshed.
+        level: Mean diagonal entry of the Fisher of the outputs, gathered likewise.
         gather: In compiled code, whether to gather them.
         probe: What λ moves along, if it moves.
         refreshed: Whether the bases were refreshed.
@@ -30,6 +32,7 @@ class Prepared(NamedTuple):
     """
 
     statistics: Mapping[str, Packed]
+    level: Tensor
     gather: Tensor | None
     probe: auxiliary.Probe | None
     refreshed: bool
@@ -68,7 +71,14 @@ class Curvature:
         self.rule, self._hyper, self._options = rule, hyper, options
         self.operators: dict[str, Roots] = {k: tuple(t.detach() for t in q.operator()) for k, q in self.q.items()}
         self.skipped = torch.zeros((), dtype=torch.int64, device=hyper.lr.device)
+        self._level = hyper.lr.new_zeros(1)  # running mean; not 0-d: torch 2.13 compiles lose writes to such tensors
+        self._count = torch.zeros((), dtype=torch.int64, device=hyper.lr.device)  # of the batches in it
         self._versions = self._tensor_versions()
+
+    def damping(self) -> Tensor:
+        """Return γ, 0-d, by what is known now of the Fisher of the outputs."""
+        least = torch.finfo(self._level.dtype).eps ** 2  # where outputs have no variance left
+        return self._hyper.damping + self._hyper.relative_damping * self._level.clamp(min=least).squeeze(0)
 
     def apply(self, name: str, u: Packed) -> Packed:
         """Return Q u for one block."""
@@ -98,26 +108,22 @@ class Curvature:
         Raises:
             FloatingPointError: If a statistic is not finite, before anything is changed (eager only).
         """
-        statistics: Mapping[str, Packed] = {}
-        gather = ok
-        if any(q.has_basis for q in self.q.values()):
-            statistics, checksum, any_terms = batch.random_gradient(self.q, noise.fork(1))
-            ok = both(ok, require_finite(torch.zeros_like(checksum), checksum, "a statistic of the Fisher"))
-            gather = ok if self._options.aux_batch_size is None else both(ok, any_terms)  # a part may be all masked
+        statistics, level, checksum, any_terms = batch.random_gradient(self.q, noise.fork(1))
+        ok = both(ok, require_finite(torch.zeros_like(checksum), checksum, "a statistic of the Fisher"))
+        gather = ok if self._options.aux_batch_size is None else both(ok, any_terms)  # a part may be all masked
         if refresh:
-            for name, statistic in statistics.items():
-                self.q[name].gather_(statistic, gather)
-                self.q[name].refresh_(self._hyper.damping, ok)
+            self._gather(statistics, level, gather)
+            for name in statistics:
+                self.q[name].refresh_(self.damping(), ok)
             self.renew(ok=ok)
-            statistics = {}
         probe = self._probe(make_probe(), batch, noise) if self._options.update_aux_every else None
-        return Prepared(statistics, gather, probe, refresh, ok)
+        return Prepared(statistics, level, gather, probe, refresh, ok)
 
     def _probe(self, u: Mapping[str, Packed], batch: Batch, noise: Noise) -> auxiliary.Probe:
         options = self._options
         fisher = batch.fisher(options.fisher, noise.fork(2))
         return auxiliary.probe(
-            self.q, self.operators, u, fisher, self._hyper.damping, unit=options.aux_rule,
+            self.q, self.operators, u, fisher, self.damping(), unit=options.aux_rule,
             preconditioned=options.precondition_aux,
         )  # fmt: skip
 
@@ -143,9 +149,15 @@ class Curvature:
 
     def gather(self, prepared: Prepared) -> None:
         """Add the statistics that wait for the next refresh."""
-        for name, statistic in prepared.statistics.items():
-            self.q[name].gather_(statistic, prepared.gather)
-        self.adopt()
+        if not prepared.refreshed:
+            self._gather(prepared.statistics, prepared.level, prepared.gather)
+            self.adopt()
+
+    def _gather(self, statistics: Mapping[str, Packed], level: Tensor, ok: Tensor | None) -> None:
+        assign_(self._count, self._count + 1, ok)
+        average_(self._level, level.to(self._level.dtype), statistics_weight(self._count, self._level.dtype), ok)
+        for name, statistic in statistics.items():
+            self.q[name].gather_(statistic, ok)
 
     def movable(self) -> list[Tensor]:
         """Return what :meth:`move` writes."""
@@ -188,6 +200,7 @@ class Curvature:
         """Return the state by name: λ, bases, statistics, operators, the rule's moments; the tensors themselves."""
         named = {f"q.{name}.{key}": t for name, q in self.q.items() for key, t in q.state_dict().items()}
         named |= {f"operator.{name}.{i}": t for name in self.q for i, t in enumerate(self.own(name))}
+        named |= {"fisher.level": self._level, "fisher.count": self._count}
         if isinstance(self.rule, auxiliary.Adam):
             named |= {f"adam.{key}": t for key, t in self.rule.tensors().items()}
         return named

@@ -18,6 +18,7 @@ from .step import FishLegStep
 from .transform import Family, make_plan, unwrapped
 
 _KL_CLIP = 1e-3  # nats
+_RELATIVE_DAMPING = 0.03
 _ADAM_LIMIT = 0.1  # an aux_lr for the relative rule would ruin λ under Adam
 
 
@@ -29,7 +30,7 @@ def fishlegify(
     beta: float = 0.9,
     momentum: str = "before",
     weight_decay: float = 0.0,
-    damping: float = 3e-3,
+    damping: float | None = None,
     update_aux_every: int = 10,
     aux_rule: str = "relative",
     aux_lr: float = 0.2,
@@ -64,7 +65,8 @@ def fishlegify(
         beta: Decay of the momentum, in [0, 1).
         momentum: ``"before"`` averages gradients and applies Q to the average; ``"after"``, the paper's, averages Q g.
         weight_decay: Decoupled weight decay: parameters shrink by ``lr * weight_decay`` at every step.
-        damping: γ, in the units of the Fisher.
+        damping: γ, in the units of the Fisher; ``None`` for 0.03 times the mean diagonal entry of the Fisher of the
+            outputs, as it is along training, so that the scale of the loss does not matter. ``step.damping`` tells.
         update_aux_every: Steps between auxiliary updates of λ (the first ``update_aux_every`` steps all make one); 0
             never updates λ, which leaves the families' bases: K-FAC for ``"kfac"``.
         aux_rule: ``"relative"`` moves λ multiplicatively; ``"adam"`` is the paper's.
@@ -136,7 +138,8 @@ def fishlegify(
     def scalar(value: float) -> Tensor:
         return torch.tensor(value, dtype=dtype, device=device)
 
-    hyper = Hyper(*map(scalar, (lr, damping, aux_lr, weight_decay, beta, _KL_CLIP)))
+    dampings = (0.0, _RELATIVE_DAMPING) if damping is None else (damping, 0.0)
+    hyper = Hyper(*map(scalar, (lr, *dampings, aux_lr, weight_decay, beta, _KL_CLIP)))
     rule: auxiliary.Rule = auxiliary.make_relative(hyper.aux_lr)
     if aux_rule == "adam":
         rule = auxiliary.Adam(plan.q, hyper.aux_lr, aux_betas, aux_eps)
@@ -151,7 +154,7 @@ def _check(
     lr: float,
     beta: float,
     weight_decay: float,
-    damping: float,
+    damping: float | None,
     aux_lr: float,
     aux_betas: tuple[float, float],
     aux_eps: float,
@@ -159,7 +162,8 @@ def _check(
     """Validate the arguments that do not depend on the model."""
     small = "use a small value such as 1e-3"
     _checks.number("lr", lr, 0, math.inf, small, low_open=True)
-    _checks.number("damping", damping, 0, math.inf, small, low_open=True)
+    if damping is not None:
+        _checks.number("damping", damping, 0, math.inf, f"{small}, or None", low_open=True)
     _checks.number("aux_lr", aux_lr, 0, math.inf, "use 0.2 with the relative rule, 1e-3 with Adam", low_open=True)
     _checks.number("weight_decay", weight_decay, 0, math.inf, "use 0 for none")
     _checks.number("beta", beta, 0, 1, "use 0.9, or 0 for no momentum")

@@ -280,8 +280,7 @@ class QModule(nn.Module, ABC):
         assign_(self.count, self.count + 1, ok)
         for name, value in new.items():
             mean = getattr(self, name)
-            weight = self.count.to(mean.dtype).reciprocal().clamp(min=_STATISTICS_RATE)
-            average_(mean, value, weight, ok)
+            average_(mean, value, statistics_weight(self.count, mean.dtype), ok)
 
     def extra_repr(self) -> str:
         """Return the packed shape for ``print``."""
@@ -350,6 +349,11 @@ class Dense(QModule):
 
     def diagonal(self) -> Tensor:
         return self.L.square().sum(-1).view(self.shape)
+
+
+def statistics_weight(count: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight of the last of ``count`` draws in a running mean: a plain mean at first, exponential later."""
+    return count.to(dtype).reciprocal().clamp(min=_STATISTICS_RATE)
 
 
 def exp_root(s: Tensor) -> Tensor:

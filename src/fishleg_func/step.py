@@ -65,6 +65,11 @@ class FishLegStep:
         """The likelihood; ``None`` until it is resolved from the first targets."""
         return self._runner.likelihood
 
+    @property
+    def damping(self) -> Tensor:
+        r"""γ, 0-d, in the units of the Fisher: Q learns :math:`(F + \gamma I)^{-1}`."""
+        return self._curvature.damping()
+
     @torch.no_grad()
     def __call__(self, inputs: Inputs, targets: Tensor) -> Tensor:
         """Take one training step in place.
@@ -285,7 +290,7 @@ class FishLegStep:
         def residual(u: Mapping[str, Tensor]) -> dict[str, Tensor]:
             v = {k: self._curvature.apply(k, u[k]) for k in u}
             fv = fisher(v)
-            return {k: dense(fv[k]) + self.hyper.damping * dense(v[k]) - u[k] for k in u}
+            return {k: dense(fv[k]) + self.damping * dense(v[k]) - u[k] for k in u}
 
         noise, salts = self._meter.fork(3), iter(range(n * len(self.q)))
         probes = [{k: noise.normal(p, next(salts)) for k, p in self._direction.items()} for _ in range(n)]
