@@ -46,7 +46,7 @@ PROBLEMS = {
 }
 ADAMW_RATES = (3e-4, 1e-3, 3e-3)
 SHOWN = 16  # test images in the picture
-FISHLEG_RATE = 2e-2  # the library's default
+FISHLEG_RATE = 3e-2  # the library's default
 
 
 @dataclass(frozen=True)

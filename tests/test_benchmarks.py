@@ -133,20 +133,20 @@ def test_race_extends_a_grid_whose_best_is_at_an_end(race: ModuleType, monkeypat
 
 
 def test_race_runs_fishleg_at_its_default_only(race: ModuleType) -> None:
-    assert race.missing("fishleg", {}, 2) == [("fishleg", 0.02, 0)]
+    assert race.missing("fishleg", {}, 2) == [("fishleg", 0.03, 0)]
     method = "fishleg damping=1e-3 u='momentum'"
-    assert race.missing(method, book(run(race, method, 0.02, 0, 1)), 2) == [(method, 0.02, 1)]
+    assert race.missing(method, book(run(race, method, 0.03, 0, 1)), 2) == [(method, 0.03, 1)]
     assert race.settings(method) == ("fishleg", {"damping": 1e-3, "u": "momentum"})
 
 
 def test_race_reports_steps_and_seconds_to_the_rival(race: ModuleType) -> None:
     arguments = ["--task", "digits", "--methods", "fishleg", "adamw", "kfac", "--seeds", "1"]
     runs = book(
-        run(race, "fishleg", 0.02, 0, 9, 4, 3, 1), run(race, "adamw", 1.0, 0, 9, 8, 6, 4),
+        run(race, "fishleg", 0.03, 0, 9, 4, 3, 1), run(race, "adamw", 1.0, 0, 9, 8, 6, 4),
         run(race, "adamw", 2.0, 0, 9, 8, 7, 5), run(race, "kfac", 1.0, 0, 9, float("inf")),
     )  # fmt: skip
     cells = [list(column.cells) for column in race.table(race.parse(arguments), runs).columns]
-    assert cells[1] == ["0.02", "1", "1"] and cells[3] == ["1", "4", "inf"]
+    assert cells[1] == ["0.03", "1", "1"] and cells[3] == ["1", "4", "inf"]
     assert cells[-2:] == [["33%", "100%", "never"], ["1.0", "3.0", "never"]]
     assert len(race.picture(race.parse(arguments), runs).axes[0].lines) == 2
 

@@ -58,7 +58,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"update_aux_every": True}, ValueError, ("update_aux_every=True", "integer")),
     ({"aux_batch_size": 0}, ValueError, ("aux_batch_size=0", ">= 1", "None")),
     ({"aux_batch_size": 2.5}, ValueError, ("aux_batch_size=2.5", "integer")),
-    ({"momentum": "nesterov"}, ValueError, ("'nesterov'", "'before'", "'after'")),
+    ({"momentum": "nadam"}, ValueError, ("'nadam'", "'nesterov'", "'before'", "'after'")),
     ({"q": "shampoo"}, ValueError, ("'shampoo'", "'kfac'", "'diagonal'")),
     ({"q": 3}, ValueError, ("q=3", "kfac", "callable")),
     ({"q": {"0": "shampoo"}}, ValueError, ("'shampoo'", "'kfac'")),

@@ -44,8 +44,8 @@ GRIDS = {
     "soap": (1e-3, 2e-3, 4e-3, 8e-3),
     "shampoo": (1e-2, 3e-2, 1e-1, 3e-1),
     "original": (1e-4, 1e-3, 1e-2, 1e-1),
-    "kfac": (5e-3, 1e-2, 2e-2, 4e-2),
-    "fishleg-tuned": (5e-3, 1e-2, 2e-2, 4e-2),
+    "kfac": (7.5e-3, 1.5e-2, 3e-2, 6e-2),
+    "fishleg-tuned": (7.5e-3, 1.5e-2, 3e-2, 6e-2),
 }
 METHODS = ("fishleg", *GRIDS)
 DEFAULT_RATE = inspect.signature(ff.fishlegify).parameters["lr"].default

@@ -51,7 +51,7 @@ class StepResult(NamedTuple):
     Attributes:
         loss: Negative log-likelihood before the update, ``[]``.
         theta: Parameters :math:`\theta` after the update, ``[P]``.
-        momentum: Average of the gradients, m, under the rule "before"; of the directions, p, under "after": ``[P]``.
+        momentum: Average of the gradients, m, or of the directions, p, under the rule "after": ``[P]``.
         direction: p before the step norm, ``[P]``: :math:`Q m` under "before", the averaged p under "after".
         blocks: Q after the step, by block, with the new lambda.
         auxiliary_loss: A at the old lambda and the scaled probe, ``[]``; None if nothing was to be learned.
@@ -70,7 +70,7 @@ class StepResult(NamedTuple):
 
     loss: Tensor  # [], before the update
     theta: Tensor  # [P], parameters after the update
-    momentum: Tensor  # [P], m ("before") or the averaged p ("after")
+    momentum: Tensor  # [P], m, or the averaged p ("after")
     direction: Tensor  # [P], p before the step norm: Q m ("before") or the averaged p ("after")
     blocks: dict[str, Block]  # with the new lambda
     auxiliary_loss: Tensor | None  # [], A at the old lambda and the scaled u; None unless learn
@@ -261,7 +261,8 @@ def training_step(
     .. math:: m \leftarrow \beta m + (1 - \beta) g, \qquad p = Q m, \qquad
               \theta \leftarrow \theta - \eta\, (s(p) + wd\, \theta)
 
-    with the momentum rule "before"; with "after", :math:`p \leftarrow \beta p + (1 - \beta) Q g` is averaged instead.
+    with the momentum rule "before"; "nesterov" steps along :math:`\beta p + (1 - \beta) Q g` in place of p; with
+    "after", :math:`p \leftarrow \beta p + (1 - \beta) Q g` is averaged instead.
     g is the gradient of the loss. The step norm s is the identity, or "layer": each block of p is scaled to the norm
     :math:`\sqrt{k \min(m, n)}`, from the shape of its U with k groups; or "kl": p is scaled by
     :math:`\min(1, \sqrt{c / (\eta^2 m^\top p)})`, c being ``kl_clip``.
@@ -272,13 +273,13 @@ def training_step(
         targets: Observations, shaped like the outputs; for "categorical" the classes, without the last dimension.
         likelihood: "gaussian", "bernoulli", "categorical" or "poisson".
         blocks: Q before the step, by block; the names are those of ``block_indices``.
-        momentum: The average before the step, ``[P]``: m under the rule "before", p under "after".
+        momentum: The average before the step, ``[P]``: m, or p under the rule "after".
         lr: Learning rate :math:`\eta`.
         beta: Decay :math:`\beta` of the momentum.
         weight_decay: Decoupled weight decay wd.
         damping: :math:`\gamma` > 0, in the units of F.
-        step_norm: None, "layer" or, under the rule "before", "kl".
-        momentum_rule: "before" Q or "after" it.
+        step_norm: None, "layer" or, but not under the rule "after", "kl".
+        momentum_rule: "before" Q or "after" it, or "nesterov".
         kl_clip: Bound on the predicted divergence :math:`\eta^2 s^\top Q^{-1} s` of a step, for "kl".
         learn: Whether lambda is updated before it is used.
         aux_rule: "relative", with the probe scaled to :math:`u^\top Q u = 1`, or "adam", with
@@ -314,8 +315,8 @@ def training_step(
     References:
         Garcia et al., "Fisher-Legendre (FishLeg) optimization of deep neural networks", ICLR 2023.
     """
-    _one_of("momentum_rule", momentum_rule, ("before", "after"))
-    _one_of("step_norm", step_norm, (None, "layer", "kl") if momentum_rule == "before" else (None, "layer"))
+    _one_of("momentum_rule", momentum_rule, ("before", "after", "nesterov"))
+    _one_of("step_norm", step_norm, (None, "layer") if momentum_rule == "after" else (None, "layer", "kl"))
     _one_of("aux_rule", aux_rule, ("relative", "adam"))
     layout, theta, new, means, auxiliary = block_indices(model), flat_parameters(model), dict(blocks), {}, None
     outputs, parameters = _forward(model, inputs)
@@ -338,10 +339,12 @@ def training_step(
                 lam, means[name] = adam_update(b.lam, slope, old, aux_step, aux_lr, aux_betas, aux_eps)
             new[name] = b._replace(lam=lam)
     q = _whole(new, layout).detach()
-    m = beta * momentum.double() + (1 - beta) * (g if momentum_rule == "before" else q @ g)
-    p = q @ m if momentum_rule == "before" else m
-    s = p * (kl_clip / (lr**2 * (m @ p))).sqrt().clamp(max=1) if step_norm == "kl" else p.clone()
+    m = beta * momentum.double() + (1 - beta) * (q @ g if momentum_rule == "after" else g)
+    p = m if momentum_rule == "after" else q @ m
+    ahead = beta * m + (1 - beta) * g if momentum_rule == "nesterov" else m
+    d = q @ ahead if momentum_rule == "nesterov" else p
+    s = d * (kl_clip / (lr**2 * (ahead @ d))).sqrt().clamp(max=1) if step_norm == "kl" else d.clone()
     for where, shape in layout.values() if step_norm == "layer" else ():
-        norm = p[where].norm()
-        s[where] = p[where] * math.sqrt(math.prod(shape[:-2]) * min(shape[-2:])) / norm if norm > 0 else 0.0
+        norm = d[where].norm()
+        s[where] = d[where] * math.sqrt(math.prod(shape[:-2]) * min(shape[-2:])) / norm if norm > 0 else 0.0
     return StepResult(loss.detach(), theta - lr * s - lr * weight_decay * theta, m, p, new, auxiliary, means)

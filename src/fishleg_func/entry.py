@@ -14,6 +14,7 @@ from ._resolve import as_likelihood
 from ._types import Hyper, Options
 from .batch import Runner
 from .likelihoods import Likelihood
+from .momentum import RULES as momentum_rules
 from .step import FishLegStep
 from .transform import Family, make_plan, unwrapped
 
@@ -26,9 +27,9 @@ def fishlegify(
     model: nn.Module,
     likelihood: Likelihood | Any | None = None,
     *,
-    lr: float = 2e-2,
+    lr: float = 3e-2,
     beta: float = 0.9,
-    momentum: str = "before",
+    momentum: str = "nesterov",
     weight_decay: float = 0.0,
     damping: float | None = None,
     update_aux_every: int = 10,
@@ -63,7 +64,8 @@ def fishlegify(
         likelihood: What the model's outputs are the natural parameters of; ``None`` resolves it from the first targets.
         lr: Learning rate η. With ``step_norm="layer"`` it is relative to an orthogonal matrix of each layer's shape.
         beta: Decay of the momentum, in [0, 1).
-        momentum: ``"before"`` averages gradients and applies Q to the average; ``"after"``, the paper's, averages Q g.
+        momentum: ``"before"`` averages gradients and applies Q to the average m; ``"nesterov"`` applies it to the
+            average of m and g with weights β and 1 - β; ``"after"``, the paper's, averages Q g.
         weight_decay: Decoupled weight decay: parameters shrink by ``lr * weight_decay`` at every step.
         damping: γ, in the units of the Fisher; ``None`` for 0.03 times the mean diagonal entry of the Fisher of the
             outputs, as it is along training, so that the scale of the loss does not matter. ``step.damping`` tells.
@@ -169,7 +171,7 @@ def _check(
     _checks.number("beta", beta, 0, 1, "use 0.9, or 0 for no momentum")
     _checks.integer("update_aux_every", options.update_aux_every, 0, "use 0 to never update λ")
     _checks.choice("precondition_aux", options.precondition_aux, (False, True))
-    _checks.choice("momentum", options.momentum, ("before", "after"))
+    _checks.choice("momentum", options.momentum, momentum_rules)
     _checks.choice("aux_rule", options.aux_rule, auxiliary.RULES)
     _checks.choice("fisher", options.fisher, fisher.KINDS)
     _checks.choice("u", options.u, ("gradient", "momentum", "gaussian"))
@@ -177,7 +179,7 @@ def _check(
     if options.momentum == "after" and (options.step_norm == "kl" or options.u == "momentum"):
         raise ValueError(
             f"step_norm={options.step_norm!r}, u={options.u!r}: 'kl' and 'momentum' need the averaged gradient, and "
-            "must go with momentum='before'"
+            "must go with momentum='nesterov' or 'before'"
         )
     if options.aux_batch_size is not None:
         _checks.integer("aux_batch_size", options.aux_batch_size, 1, "use None for the whole batch")

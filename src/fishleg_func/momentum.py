@@ -1,4 +1,4 @@
-"""The momentum m and the direction p = Q m, kept as a pair so that Q meets factored gradients only."""
+"""The momentum m and p = Q m, kept as a pair so that Q meets factored gradients only, and the direction of a step."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from ._trees import assign_, average_, checksum, dense
+from ._trees import assign_, average_, checksum, dense, inner, total
 from ._types import Packed
 from .curvature import Curvature, Learned, both, require_finite
+
+RULES = ("nesterov", "before", "after")
 
 _WHAT = "the direction Q m"
 
@@ -19,16 +21,20 @@ class Momentum:
     Args:
         curvature: Q.
         beta: Decay of the average, 0-d.
-        before: Whether gradients are averaged before Q is applied; otherwise p averages Q g, and there is no m.
+        rule: Whether gradients are averaged ``"before"`` Q is applied, or ``"after"``: then p averages Q g, and there
+            is no m. Both step along p. ``"nesterov"`` averages before, and steps along β p + (1 − β) Q g.
     """
 
-    def __init__(self, curvature: Curvature, beta: Tensor, *, before: bool) -> None:
-        self._curvature, self._beta, self.before = curvature, beta, before
+    def __init__(self, curvature: Curvature, beta: Tensor, rule: str) -> None:
+        self._curvature, self._beta, self._nesterov = curvature, beta, rule == "nesterov"
+        self.before = before = rule != "after"
         self.p = {k: ts[0].new_zeros(curvature.q[k].shape) for k, ts in curvature.operators.items()}
         self.m = {k: p.clone() for k, p in self.p.items()} if before else {}
         self._unsound: set[str] = set()  # blocks whose p is not finite, since Q was changed outside of a step
 
-    def average(self, loss: Tensor, g: Mapping[str, Packed], ok: Tensor | None) -> Tensor | None:
+    def average(
+        self, loss: Tensor, g: Mapping[str, Packed], ok: Tensor | None
+    ) -> tuple[Mapping[str, Tensor], Tensor | None]:
         """Take up a gradient while Q stands: p is averaged beside m, from Q g with g factored.
 
         Args:
@@ -37,23 +43,36 @@ class Momentum:
             ok: In compiled code, whether to change anything.
 
         Returns:
-            ``ok`` with what the direction adds to it.
+            The direction, and ``ok`` with what that adds to it.
 
         Raises:
             FloatingPointError: If the direction is not finite; nothing is changed (eager only).
         """
         weight, qg = 1 - self._beta, self.applied(g)
-        total = checksum(qg) if not self._unsound else checksum({k: self.p[k] for k in self._unsound})
-        ok = both(ok, require_finite(loss, total, _WHAT))
+        sums = checksum(qg) if not self._unsound else checksum({k: self.p[k] for k in self._unsound})
+        ok = both(ok, require_finite(loss, sums, _WHAT))
+        if self._nesterov:
+            qg = {k: dense(x) for k, x in qg.items()}  # once, for p and for the direction
         for k, p in self.p.items():
             if k in self.m:
                 average_(self.m[k], g[k], weight, ok)
             average_(p, qg[k], weight, ok)
-        return ok
+        return self._ahead(qg), ok
+
+    def _ahead(self, qg: Mapping[str, Packed]) -> Mapping[str, Tensor]:
+        """Return the direction, from p and Q g."""
+        return {k: dense(qg[k]).lerp(p, self._beta) for k, p in self.p.items()} if self._nesterov else self.p
+
+    def predicted(self, g: Mapping[str, Packed], direction: Mapping[str, Tensor]) -> Tensor:
+        r"""Return :math:`p^\top Q^{-1} p` of a direction p, 0-d; g is the gradient that it was made of."""
+        along = total(inner(m, direction[k]) for k, m in self.m.items())
+        if not self._nesterov:
+            return along
+        return along.lerp(total(inner(x, direction[k]) for k, x in g.items()), 1 - self._beta)
 
     def follow(
         self, loss: Tensor, g: Mapping[str, Packed], stale: Mapping[str, Packed], learned: Learned
-    ) -> Tensor | None:
+    ) -> tuple[Mapping[str, Tensor], Tensor | None]:
         """Take up a gradient after Q has changed: p is carried along where it can be, or computed anew.
 
         Args:
@@ -63,7 +82,7 @@ class Momentum:
             learned: What has changed Q.
 
         Returns:
-            ``ok`` with what the direction adds to it.
+            The direction, and ``ok`` with what that adds to it.
 
         Raises:
             FloatingPointError: If the direction is not finite; m and p are not changed (eager only).
@@ -80,14 +99,16 @@ class Momentum:
                 new_p[k] = dense(self._curvature.apply(k, new_m[k]))
             else:
                 new_p[k] = carry(self.p[k].lerp(dense(stale[k]), weight))
-        ok = both(learned.ok, require_finite(loss, checksum(new_p), _WHAT))
+        qg = self.applied(g) if self._nesterov else {}
+        sums = [checksum(new_p), *([checksum(qg)] if qg else [])]
+        ok = both(learned.ok, require_finite(loss, total(sums), _WHAT))
         for k, m in self.m.items():
             if k in new_m:
                 assign_(m, new_m[k], ok)
             else:
                 average_(m, g[k], weight, ok)
             assign_(self.p[k], new_p[k], ok)
-        return ok
+        return self._ahead(qg), ok
 
     def applied(self, g: Mapping[str, Packed]) -> dict[str, Packed]:
         """Return Q g by block."""

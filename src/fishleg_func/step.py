@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _checks, auxiliary, diagnostics
 from ._noise import Noise
-from ._trees import assign_, dense, descend_, inner, inverse_or_zero, total
+from ._trees import assign_, dense, descend_, inverse_or_zero
 from ._types import Accuracy, Hyper, Inputs, Options, Packed, Params
 from .batch import Batch, Runner
 from .capture import kept_random_state, restored_on_error, tensors_restored_on_error
@@ -51,7 +51,7 @@ class FishLegStep:
         self._runner, self._options = runner, options
         self._curvature = Curvature(runner.plan.q, rule, hyper, options)
         self.q, self.skipped = self._curvature.q, self._curvature.skipped
-        self._averages = Momentum(self._curvature, hyper.beta, before=options.momentum == "before")
+        self._averages = Momentum(self._curvature, hyper.beta, options.momentum)
         self._direction, self._momentum = self._averages.p, self._averages.m
         self._noise, self._meter = Noise(seed, runner.device), Noise(~seed, runner.device)  # of training, of accuracy()
         self._last: tuple[Inputs, Tensor] | None = None  # the last step's batch
@@ -110,10 +110,10 @@ class FishLegStep:
         ok = require_finite(loss, checksum, "a gradient")
         self._runner.settle(batch)
         if curvature:
-            ok = self._learn(batch, self._auxiliary_batch(batch, inputs, targets), refresh, ok)
+            p, ok = self._learn(batch, self._auxiliary_batch(batch, inputs, targets), refresh, ok)
         else:
-            ok = self._averages.average(loss, g, ok)
-        self._move(self._step_scales(), ok)
+            p, ok = self._averages.average(loss, g, ok)
+        self._move(p, self._step_scales(p, g), ok)
         for name, buffer in self.model.named_buffers():
             assign_(buffer, batch.buffers[name], ok)
         if ok is not None:
@@ -121,7 +121,9 @@ class FishLegStep:
         self._noise.advance_()
         return loss
 
-    def _learn(self, batch: Batch, batch_for_q: Batch, refresh: bool, ok: Tensor | None) -> Tensor | None:
+    def _learn(
+        self, batch: Batch, batch_for_q: Batch, refresh: bool, ok: Tensor | None
+    ) -> tuple[Mapping[str, Tensor], Tensor | None]:
         """Update Q, and the averages with it; what is written is undone if anything raises."""
         loss, g, _ = batch.gradient()
         with tensors_restored_on_error(self._undoable() if refresh else []):
@@ -130,9 +132,9 @@ class FishLegStep:
                 batch_for_q, lambda: self._probe(batch, g), self._noise, refresh=refresh, ok=ok
             )
             with tensors_restored_on_error([] if refresh else self._movable()):
-                ok = self._averages.follow(loss, g, stale, self._curvature.move(prepared))
+                followed = self._averages.follow(loss, g, stale, self._curvature.move(prepared))
             self._curvature.gather(prepared)
-        return ok
+        return followed
 
     def _undoable(self) -> list[Tensor]:
         """Return what an update of Q writes; nothing in compiled code, which raises nothing."""
@@ -142,26 +144,25 @@ class FishLegStep:
         """Return what an update of Q writes after all code of the model has run, apart from statistics."""
         return [] if torch.compiler.is_compiling() else [*self._curvature.movable(), self.skipped]
 
-    def _step_scales(self) -> dict[str, Tensor]:
+    def _step_scales(self, p: Mapping[str, Tensor], g: Mapping[str, Packed]) -> dict[str, Tensor]:
         """Return s(p) / p of each block, a 0-d tensor."""
-        p = self._direction
         if self._options.step_norm == "layer":
             blocks = self._runner.plan.blocks
             return {b.name: b.target_norm() * inverse_or_zero(torch.linalg.vector_norm(p[b.name])) for b in blocks}
         factor = torch.ones_like(self.hyper.lr)
         if self._options.step_norm == "kl":
-            predicted = self.hyper.lr.square() * total(inner(self._momentum[k], p[k]) for k in p)
+            predicted = self.hyper.lr.square() * self._averages.predicted(g, p)
             bound = (self.hyper.kl_clip * inverse_or_zero(predicted)).sqrt()
             factor = torch.where(predicted > self.hyper.kl_clip, bound, factor)
         return dict.fromkeys(p, factor)
 
-    def _move(self, scales: Mapping[str, Tensor], ok: Tensor | None) -> None:
+    def _move(self, p: Mapping[str, Tensor], scales: Mapping[str, Tensor], ok: Tensor | None) -> None:
         """Write the parameters: θ ← θ − η s(p) − η wd θ."""
         params = self._runner.params()
         keep = 1 - self.hyper.lr * self.hyper.weight_decay
         for block in self._runner.plan.blocks:
             scale = self.hyper.lr * scales[block.name]
-            for name, direction in block.unpack(self._direction[block.name], params).items():
+            for name, direction in block.unpack(p[block.name], params).items():
                 descend_(params[name], keep, direction, scale, ok)
 
     def _require_hooks(self) -> None:
