@@ -149,6 +149,12 @@ def test_race_reports_steps_and_seconds_to_the_rival(race: ModuleType) -> None:
     assert cells[1] == ["0.03", "1", "1"] and cells[3] == ["1", "4", "inf"]
     assert cells[-2:] == [["33%", "100%", "never"], ["1.0", "3.0", "never"]]
     assert len(race.picture(race.parse(arguments), runs).axes[0].lines) == 2
+    cells = [list(column.cells) for column in race.table(race.parse([*arguments[:3], "fishleg"]), runs).columns]
+    assert cells[-2:] == [[""], [""]]  # no rival
+    more = runs | book(run(race, "fishleg", 0.03, 1, 9, 9))
+    assert next(iter(race.table(race.parse(arguments), more).columns[3].cells)) == "1"  # of --seeds 1 only
+    broken = book(run(race, "fishleg", 0.03, 0, float("inf")))
+    race.picture(race.parse([*arguments[:3], "fishleg"]), broken)
 
 
 @pytest.mark.slow
@@ -165,8 +171,11 @@ def test_race_goes_on_where_it_stopped(race: ModuleType, tmp_path: Path, monkeyp
     before = file.read_text()
     assert race.main([*arguments, "--seeds", "1"]) == runs and file.read_text() == before
     assert [r.seed for r in race.main([*arguments, "--seeds", "2"])] == [0, 0, 1, 1]
-    with pytest.raises(SystemExit, match="holds another race"):
+    with pytest.raises(SystemExit, match="holds another race, with batch_size=50 instead of 20"):
         race.main([*arguments, "--batch-size", "20"])
+    file.write_text(before[:-100])
+    with pytest.raises(SystemExit, match="must be a file that a race has written"):
+        race.main([*arguments, "--seeds", "1"])
 
 
 def test_a_run_that_breaks_down_counts_as_infinite(race: ModuleType) -> None:
@@ -176,7 +185,23 @@ def test_a_run_that_breaks_down_counts_as_infinite(race: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--methods", "sgd"], ["--methods", "original"], ["--budget", "-1"], ["--seeds", "0"]]
+    "arguments",
+    [
+        ["--methods", "sgd"],
+        ["--methods", "original"],
+        ["--methods", "adamw weight_decay=1"],
+        ["--methods", ""],
+        ["--methods", "fishleg lr=1"],
+        ["--methods", "fishleg q=kfac"],
+        ["--methods", "fishleg damping"],
+        ["--budget", "-1"],
+        ["--budget", "0"],
+        ["--budget", "inf"],
+        ["--budget", "0.001"],
+        ["--batch-size", "0"],
+        ["--batch-size", "100000"],
+        ["--seeds", "0"],
+    ],
 )
 def test_race_refuses(race: ModuleType, arguments: list[str]) -> None:
     with pytest.raises(SystemExit):

@@ -24,6 +24,7 @@ CADENCE = inspect.signature(ff.fishlegify).parameters["update_aux_every"].defaul
 AUTOENCODER = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 IMAGE = 28  # height and width of the images of the CNN
 CLASSES = 10
+AUXILIARY = 16  # batches that the original FishLeg learns Q from
 VOCABULARY, WIDTH, HEADS, DEPTH, LENGTH = 256, 256, 4, 4, 128  # of the transformer
 SMALL = 8  # width of the MLP
 
@@ -221,7 +222,7 @@ def make_original(problem: Problem, model: nn.Module, folder: Path) -> Contender
     model = original.initialise_FishModel(model, "__ALL__", fish_scale=1 / damping).to(device)
     names = {ff.likelihoods.Bernoulli: "bernoulli", ff.likelihoods.Categorical: "softmax"}
     likelihood = original.FISH_LIKELIHOODS[names[type(problem.likelihood)]](device=device)
-    auxiliary = [problem.batch(device)]  # a loader of one batch, which costs no time
+    auxiliary = [problem.batch(device) for _ in range(AUXILIARY)]  # made before, so that they cost no time
     optimizer = original.FishLeg(model, auxiliary, likelihood, device=device)
     learned = [p for p in model.parameters() if isinstance(p, original.FishAuxParameter)]
     every = optimizer.defaults["update_aux_every"]

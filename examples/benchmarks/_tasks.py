@@ -56,7 +56,8 @@ class Task:
 
         def draw() -> tuple[Tensor, Tensor]:
             inputs, targets = self.load().train
-            return inputs[: self.batch_size], targets[: self.batch_size]
+            chosen = torch.randint(len(inputs), (self.batch_size,))
+            return inputs[chosen], targets[chosen]
 
         return Problem(make, self.likelihood, self.loss, draw)
 

@@ -18,6 +18,7 @@ import ast
 import inspect
 import json
 import math
+import platform
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -48,7 +49,9 @@ GRIDS = {
     "fishleg-tuned": (7.5e-3, 1.5e-2, 3e-2, 6e-2),
 }
 METHODS = ("fishleg", *GRIDS)
-DEFAULT_RATE = inspect.signature(ff.fishlegify).parameters["lr"].default
+OWN = ("kfac", "fishleg", "fishleg-tuned")
+DEFAULTS = {name: p.default for name, p in inspect.signature(ff.fishlegify).parameters.items()}
+DEFAULT_RATE = DEFAULTS["lr"]
 RIVAL = "adamw"  # whose final loss is to be reached
 MOST_EXTENSIONS = 4  # of a grid
 EVALUATIONS = 24  # of a run, evenly spaced
@@ -119,7 +122,11 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
     with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
         while wanted := [key for method in config.methods for key in missing(method, runs, config.seeds)]:
             for done in as_completed([pool.submit(train, config, *key) for key in wanted]):
-                run = done.result()
+                try:
+                    run = done.result()
+                except Exception:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
                 runs[run.method, run.rate, run.seed] = run
                 write(config, runs)
                 line = f"{run.method} {run.rate:g}, seed {run.seed}: {run.final:.5g} in {run.points[-1].seconds:.1f} s"
@@ -145,19 +152,31 @@ def parse(argv: Sequence[str] | None) -> Config:
     parser.add_argument("--plot", type=Path, help="file of the picture")
     values = vars(parser.parse_args(argv))
     task = TASKS[values["task"]]
-    values["budget"] = values["budget"] or task.epochs
-    values["batch_size"] = values["batch_size"] or task.batch_size
+    for name, usual in (("budget", task.epochs), ("batch_size", task.batch_size)):
+        values[name] = usual if values[name] is None else values[name]
     if values["methods"] is None:
-        values["methods"] = [name for name in METHODS if name != "original" or values["original"] is not None]
+        without = () if values["original"] and values["task"] != "text" else ("original",)
+        values["methods"] = [name for name in METHODS if name not in without]
     for method in values["methods"]:
-        name, _ = settings(method)
+        try:
+            name, arguments = settings(method)
+        except (ValueError, SyntaxError) as error:
+            parser.error(f"--methods {method!r} must be a name and arguments such as u='momentum': {error}")
         if name not in METHODS:
             parser.error(f"--methods {method!r} must begin with one of {', '.join(METHODS)}")
+        unknown = arguments.keys() - (DEFAULTS.keys() - {"lr"} if name in OWN else ())
+        if unknown:
+            parser.error(f"--methods {method!r}: {', '.join(unknown)} must be arguments of fishlegify other than lr")
         if name == "original" and values["original"] is None:
             parser.error("--methods original needs --original PATH, a checkout of github.com/mtkresearch/FishLeg")
+        if name == "original" and values["task"] == "text":
+            parser.error("--methods original trains nothing but a nested nn.Sequential, and not --task text")
     for name in ("budget", "batch_size", "seeds", "workers", "threads"):
-        if not values[name] > 0:
-            parser.error(f"--{name.replace('_', '-')} {values[name]} must be > 0")
+        if not 0 < values[name] < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {values[name]} must be > 0 and finite")
+    examples = len(task.load().train[0])
+    if values["batch_size"] > examples or round(values["budget"] * (examples // values["batch_size"])) < 1:
+        parser.error(f"--budget {values['budget']} must be at least one --batch-size of the {examples} examples")
     return Config(**values | {"methods": tuple(values["methods"])})
 
 
@@ -194,10 +213,16 @@ def read(config: Config) -> dict[Key, Run]:
     """Return the runs of the file, if it is there and of the same race."""
     if config.json is None or not config.json.exists():
         return {}
-    found = json.loads(config.json.read_text())
+    try:
+        found = json.loads(config.json.read_text())
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"{config.json} must be a file that a race has written ({error}); name another one") from error
     about = facts(config)
-    if {name: found.get(name) for name in about} != about:
-        raise SystemExit(f"{config.json} holds another race, {found['task']}: name another file, or delete it")
+    others = [
+        f"{name}={found.get(name)!r} instead of {value!r}" for name, value in about.items() if found.get(name) != value
+    ]
+    if others:
+        raise SystemExit(f"{config.json} holds another race, with {', '.join(others)}; name another file, or delete it")
     points = [tuple(Point(**point) for point in run.pop("points")) for run in found["runs"]]
     made = [Run(**run, points=p) for run, p in zip(found["runs"], points, strict=True)]
     return {(run.method, run.rate, run.seed): run for run in made}
@@ -206,13 +231,17 @@ def read(config: Config) -> dict[Key, Run]:
 def write(config: Config, runs: Mapping[Key, Run]) -> None:
     """Write all runs to the file, if there is to be one."""
     if config.json is not None:
-        config.json.write_text(json.dumps({**facts(config), "runs": [asdict(run) for run in runs.values()]}) + "\n")
+        beside = config.json.with_name(f"{config.json.name}.new")
+        beside.write_text(json.dumps({**facts(config), "runs": [asdict(run) for run in runs.values()]}) + "\n")
+        beside.replace(config.json)  # whole, whenever it is cut short
 
 
 def facts(config: Config) -> dict[str, Any]:
     """Return what all runs of a file have in common."""
     names = ("task", "budget", "batch_size", "threads", "workers")
-    return {name: getattr(config, name) for name in names} | {"torch": torch.__version__}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    defaults = {name: value for name, value in DEFAULTS.items() if name not in ("model", "likelihood")}
+    return {name: getattr(config, name) for name in names} | versions | {"fishleg": repr(defaults)}
 
 
 # One run
@@ -256,7 +285,7 @@ def enter(task: Task, method: str, seed: int, original: Path | None) -> tuple[nn
     model = problem.make()
     if name == "kfac":
         arguments = {"update_aux_every": 0, **arguments}
-    if name in ("kfac", "fishleg", "fishleg-tuned"):
+    if name in OWN:
         return model, make_fishleg(problem, model, **arguments)
     return model, contender(name, problem, model, original)
 
@@ -287,26 +316,32 @@ def losses(task: Task, model: nn.Module, examples: tuple[Tensor, Tensor]) -> tup
 
 
 def table(config: Config, runs: Mapping[Key, Run]) -> Table:
-    """Return a row for each method at its best rate: means over the seeds, and the spread of the test loss."""
+    """Return a row for each method at its best rate: means over the seeds, and the spread of the test loss.
+
+    The loss to reach is the rival's from the same seed.
+    """
     task = TASKS[config.task]
     title = f"{task.title}: {config.budget:g} epochs, batch {config.batch_size}"
     made = Table("method", title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    names = ["rate", "train", "test", "±", *(["accuracy"] if task.classifies else []), "seconds"]
-    for name in [*names, f"steps to\n{RIVAL}", f"seconds to\n{RIVAL}"]:
+    names = ["rate", "train", "test", "±", *(["right"] if task.classifies else []), "s"]
+    for name in [*names, f"steps to\n{RIVAL}", f"s to\n{RIVAL}"]:
         made.add_column(name, justify="right", no_wrap=True)
-    goal = fmean(run.final for run in chosen(RIVAL, runs)) if RIVAL in config.methods else -math.inf
+    rivals = chosen(RIVAL, runs, config.seeds) if RIVAL in config.methods else []
+    goals = {run.seed: run.final for run in rivals if math.isfinite(run.final)}
     for method in config.methods:
-        found = chosen(method, runs)
+        found = chosen(method, runs, config.seeds)
         ends = [run.points[-1] for run in found]
         finals = [run.final for run in found]
         cells = [f"{found[0].rate:g}", f"{fmean(p.train_loss for p in ends):.5g}", f"{fmean(finals):.5g}"]
         cells.append(f"{(max(finals) - min(finals)) / 2:.2g}" if all(map(math.isfinite, finals)) else "")
         if task.classifies:
             right = [p.accuracy for p in ends]
-            cells.append("" if None in right else f"{100 * fmean(right):.2f} %")
+            cells.append("" if None in right else f"{100 * fmean(right):.2f}%")
         cells.append(f"{fmean(p.seconds for p in ends):.1f}")
-        reached = [run.reaching(goal) for run in found]
-        if None in reached:
+        reached = [run.reaching(goals[run.seed]) for run in found if run.seed in goals]
+        if not reached:
+            cells += [""] * 2
+        elif None in reached:
             cells += ["never"] * 2
         else:
             cells.append(f"{fmean(p.step for p in reached) / max(p.step for p in ends):.0%}")
@@ -315,10 +350,10 @@ def table(config: Config, runs: Mapping[Key, Run]) -> Table:
     return made
 
 
-def chosen(method: str, runs: Mapping[Key, Run]) -> list[Run]:
+def chosen(method: str, runs: Mapping[Key, Run], seeds: int) -> list[Run]:
     """Return the runs of a method at its best rate, one for each seed."""
     rate = best_rate(method, runs)
-    return [run for run in runs.values() if (run.method, run.rate) == (method, rate)]
+    return [run for run in runs.values() if (run.method, run.rate) == (method, rate) and run.seed < seeds]
 
 
 def picture(config: Config, runs: Mapping[Key, Run]) -> Figure:
@@ -327,7 +362,7 @@ def picture(config: Config, runs: Mapping[Key, Run]) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True)
     lowest, highest = math.inf, -math.inf
     for method in config.methods:
-        found = [run for run in chosen(method, runs) if math.isfinite(run.final)]
+        found = [run for run in chosen(method, runs, config.seeds) if math.isfinite(run.final)]
         if not found:
             continue
         columns = list(zip(*(run.points for run in found), strict=True))
@@ -337,7 +372,9 @@ def picture(config: Config, runs: Mapping[Key, Run]) -> Figure:
             places = [fmean(getattr(p, unit) for p in column) for column in columns]
             axes.plot(places, loss, label=f"{method}, {found[0].rate:g}")
     for axes, unit in ((left, "step"), (right, "seconds of training")):
-        axes.set(xlabel=unit, ylim=(lowest - 0.05 * (highest - lowest), highest))
+        axes.set_xlabel(unit)
+        if lowest < highest:  # unless nothing was drawn
+            axes.set_ylim(lowest - 0.05 * (highest - lowest), highest)
         axes.grid(alpha=0.3)
     right.set_xscale("log")
     left.set_ylabel("test loss")

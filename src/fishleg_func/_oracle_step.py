@@ -52,7 +52,7 @@ class StepResult(NamedTuple):
         loss: Negative log-likelihood before the update, ``[]``.
         theta: Parameters :math:`\theta` after the update, ``[P]``.
         momentum: Average of the gradients, m, or of the directions, p, under the rule "after": ``[P]``.
-        direction: p before the step norm, ``[P]``: :math:`Q m` under "before", the averaged p under "after".
+        direction: p, ``[P]``: :math:`Q m`, or the averaged p under "after".
         blocks: Q after the step, by block, with the new lambda.
         auxiliary_loss: A at the old lambda and the scaled probe, ``[]``; None if nothing was to be learned.
         moments: Adam's moments, by block and name; empty under the rule "relative".
@@ -71,7 +71,7 @@ class StepResult(NamedTuple):
     loss: Tensor  # [], before the update
     theta: Tensor  # [P], parameters after the update
     momentum: Tensor  # [P], m, or the averaged p ("after")
-    direction: Tensor  # [P], p before the step norm: Q m ("before") or the averaged p ("after")
+    direction: Tensor  # [P], p: Q m, or the averaged p ("after")
     blocks: dict[str, Block]  # with the new lambda
     auxiliary_loss: Tensor | None  # [], A at the old lambda and the scaled u; None unless learn
     moments: dict[str, Moments]  # Adam's, by block; empty under the rule "relative"
@@ -265,7 +265,8 @@ def training_step(
     "after", :math:`p \leftarrow \beta p + (1 - \beta) Q g` is averaged instead.
     g is the gradient of the loss. The step norm s is the identity, or "layer": each block of p is scaled to the norm
     :math:`\sqrt{k \min(m, n)}`, from the shape of its U with k groups; or "kl": p is scaled by
-    :math:`\min(1, \sqrt{c / (\eta^2 m^\top p)})`, c being ``kl_clip``.
+    :math:`\min(1, \sqrt{c / (\eta^2 m^\top p)})`, c being ``kl_clip``; with "nesterov" m and p are those that the step
+    is along.
 
     Args:
         model: Any module, in the mode that it is in, with P trainable parameters; it is not changed.

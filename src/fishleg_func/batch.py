@@ -196,17 +196,18 @@ class Batch:
 
         Returns:
             For the blocks with a basis a draw z, :math:`E[zz^\top] = F`; the mean diagonal entry of the Fisher of the
-            outputs, ``[1]``; a checksum of the squares of all that; and whether there are terms.
+            outputs, 0-d; a number that is finite only if that and the squares of z are; and whether there are terms.
         """
         outputs = self._lin.outputs
         weight = self.likelihood.weight(outputs, self._targets)
         scores = weight.sqrt() * self.likelihood.score(outputs, noise)
         events = math.prod([outputs.shape[i] for i in self.likelihood.event_dims(outputs)])
-        level = scores.square().sum().unsqueeze(0) / events
-        z: dict[str, Packed] = {}
-        if any(module.has_basis for module in q.values()):
-            z = self._packing.statistics(self._lin.pullback(scores), q)
-        return z, level, square_checksum({"level": level, **z}), weight.sum() > 0
+        level = scores.square().sum() / events
+        any_terms = weight.sum() > 0
+        if not any(module.has_basis for module in q.values()):
+            return {}, level, level, any_terms
+        z = self._packing.statistics(self._lin.pullback(scores), q)
+        return z, level, level + square_checksum(z), any_terms
 
     def fisher(self, kind: str, noise: Noise) -> PackedMap:
         r"""Return :math:`v \mapsto Fv` over all blocks.

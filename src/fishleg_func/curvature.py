@@ -11,11 +11,12 @@ from torch import Tensor
 
 from . import _checks, auxiliary
 from ._noise import Noise
-from ._trees import assign_, average_
+from ._trees import assign_
 from ._types import Hyper, Options, Packed
 from .batch import Batch
 from .qmodules import Carry, QModule, Roots, statistics_weight
 
+_LEAST_LEVEL = 1e-3  # of the largest that there was: bounds Q where the outputs have lost their variance
 _ROUNDING = 64.0  # units in the last place by which an operator that was moved along may differ from a new one
 
 
@@ -71,14 +72,15 @@ class Curvature:
         self.rule, self._hyper, self._options = rule, hyper, options
         self.operators: dict[str, Roots] = {k: tuple(t.detach() for t in q.operator()) for k, q in self.q.items()}
         self.skipped = torch.zeros((), dtype=torch.int64, device=hyper.lr.device)
-        self._level = hyper.lr.new_zeros(1)  # running mean; not 0-d: torch 2.13 compiles lose writes to such tensors
+        self._level = hyper.lr.new_zeros(2)  # of the Fisher of the outputs: running mean, largest
         self._count = torch.zeros((), dtype=torch.int64, device=hyper.lr.device)  # of the batches in it
         self._versions = self._tensor_versions()
 
     def damping(self) -> Tensor:
-        """Return γ, 0-d, by what is known now of the Fisher of the outputs."""
-        least = torch.finfo(self._level.dtype).eps ** 2  # where outputs have no variance left
-        return self._hyper.damping + self._hyper.relative_damping * self._level.clamp(min=least).squeeze(0)
+        """Return γ, 0-d, by what is known now of the Fisher of the outputs; it counts as one while nothing is known."""
+        mean, largest = self._level.unbind()
+        level = torch.where(largest > 0, torch.maximum(mean, _LEAST_LEVEL * largest), 1)
+        return self._hyper.damping + self._hyper.relative_damping * level
 
     def apply(self, name: str, u: Packed) -> Packed:
         """Return Q u for one block."""
@@ -155,7 +157,10 @@ class Curvature:
 
     def _gather(self, statistics: Mapping[str, Packed], level: Tensor, ok: Tensor | None) -> None:
         assign_(self._count, self._count + 1, ok)
-        average_(self._level, level.to(self._level.dtype), statistics_weight(self._count, self._level.dtype), ok)
+        mean, largest = self._level.unbind()
+        level = level.to(mean.dtype)
+        mean = mean.lerp(level, statistics_weight(self._count, mean.dtype))
+        assign_(self._level, torch.stack((mean, torch.maximum(largest, level))), ok)
         for name, statistic in statistics.items():
             self.q[name].gather_(statistic, ok)
 

@@ -51,7 +51,8 @@ def fishlegify(
     r"""Return a function that trains ``model`` with natural-gradient steps, preconditioned by a learned inverse Fisher.
 
     .. math:: m \leftarrow \beta m + (1 - \beta) g, \qquad
-              \theta \leftarrow \theta - \eta\, s(Q(\lambda) m) - \eta\, \mathrm{wd}\, \theta, \qquad
+              \theta \leftarrow \theta - \eta\, s(Q(\lambda) (\beta m + (1 - \beta) g)) - \eta\, \mathrm{wd}\, \theta,
+              \qquad
               Q(\lambda) \approx (F + \gamma I)^{-1}
 
     The model's code, ``parameters()`` and ``state_dict()`` are left alone; its layers get forward hooks that are inert
@@ -69,6 +70,7 @@ def fishlegify(
         weight_decay: Decoupled weight decay: parameters shrink by ``lr * weight_decay`` at every step.
         damping: γ, in the units of the Fisher; ``None`` for 0.03 times the mean diagonal entry of the Fisher of the
             outputs, as it is along training, so that the scale of the loss does not matter. ``step.damping`` tells.
+            Where outputs are certain, and wrong, from the start on, and ``step_norm`` is not ``"layer"``, give a value.
         update_aux_every: Steps between auxiliary updates of λ (the first ``update_aux_every`` steps all make one); 0
             never updates λ, which leaves the families' bases: K-FAC for ``"kfac"``.
         aux_rule: ``"relative"`` moves λ multiplicatively; ``"adam"`` is the paper's.

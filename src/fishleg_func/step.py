@@ -67,7 +67,7 @@ class FishLegStep:
 
     @property
     def damping(self) -> Tensor:
-        r"""γ, 0-d, in the units of the Fisher: Q learns :math:`(F + \gamma I)^{-1}`."""
+        r"""γ, 0-d: Q learns :math:`(F + \gamma I)^{-1}`. Before the first batch its relative part is a guess."""
         return self._curvature.damping()
 
     @torch.no_grad()
