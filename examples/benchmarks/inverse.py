@@ -32,7 +32,7 @@ from fishleg_func import reference
 from fishleg_func.step import FishLegStep
 
 CONDITION = 100.0  # of the inputs' covariance
-BATCH, SAMPLE = 100, 256  # examples of a step, and those that the Fisher is taken over
+BATCH, SAMPLE = 100, 64  # examples of a step, and those that the Fisher is taken over
 NOISE = 0.1  # of the targets of the linear network
 DAMPING = 1e-3
 METHODS: dict[str, dict[str, Any]] = {
@@ -147,8 +147,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, list[Point]]]
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=tuple(NETWORKS))
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--points", type=int, default=12, help="at which Q is measured (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--points", type=int, default=8, help="at which Q is measured (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)

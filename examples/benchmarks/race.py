@@ -378,7 +378,8 @@ def picture(config: Config, runs: Mapping[Key, Run]) -> Figure:
         axes.grid(alpha=0.3)
     right.set_xscale("log")
     left.set_ylabel("test loss")
-    left.legend()
+    if left.lines:
+        left.legend()
     figure.suptitle(TASKS[config.task].title)
     return figure
 
