@@ -124,6 +124,7 @@ def test_a_first_part_that_is_all_masked_leaves_q_bounded(settings: dict[str, ob
         y[:4] = -100 if i == 0 else y[:4]
         step(randn(10, 6, seed=i), y)
     assert all(p.abs().max() < 20 for p in model.parameters())
+    assert all(p.abs().max() < 1e3 for p in step._direction.values())  # 1e13 where γ vanished
 
 
 def test_it_falls_to_a_thousandth_of_what_it_was_at_most() -> None:

@@ -194,9 +194,11 @@ def picture(found: dict[str, dict[str, list[Point]]]) -> Figure:
                 steps = [point.step for point in points]
                 axes.plot(steps, [getattr(point, what) for point in points], color=color, label=method)
                 axes.plot(steps, [getattr(point, f"{what}_bound") for point in points], ":", color=color)
-            axes.set(title=f"{NETWORKS[name].title}: Q, {what}", xlabel="step", ylabel="relative error", yscale="log")
+            axes.set(title=f"{NETWORKS[name].title}: Q, {what}", xlabel="step", ylabel="relative error")
             axes.grid(alpha=0.3)
-        row[0].legend(title="dotted: no coupling")
+    figure.legend(
+        *rows[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, title="dotted: no coupling"
+    )
     return figure
 
 

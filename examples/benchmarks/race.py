@@ -32,6 +32,7 @@ import torch
 from _common import Contender, contender, make_fishleg
 from _tasks import TASKS, Split, Task
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -377,6 +378,9 @@ def picture(config: Config, runs: Mapping[Key, Run]) -> Figure:
             axes.set_ylim(lowest - 0.05 * (highest - lowest), highest)
         axes.grid(alpha=0.3)
     right.set_xscale("log")
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_formatter(NullFormatter())
     left.set_ylabel("test loss")
     if left.lines:
         left.legend()

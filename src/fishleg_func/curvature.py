@@ -24,8 +24,8 @@ class Prepared(NamedTuple):
     """What an update of the curvature needs, once all code of the model has run.
 
     Attributes:
-        statistics: Random gradients; gathered already where the bases were refreshed.
-        level: Mean diagonal entry of the Fisher of the outputs, gathered likewise.
+        statistics: Random gradients that are to be gathered yet; none where the bases were refreshed.
+        level: Mean diagonal entry of the Fisher of the outputs, to be gathered with them.
         gather: In compiled code, whether to gather them.
         probe: What λ moves along, if it moves.
         refreshed: Whether the bases were refreshed.
@@ -118,6 +118,7 @@ class Curvature:
             for name in statistics:
                 self.q[name].refresh_(self.damping(), ok)
             self.renew(ok=ok)
+            statistics = {}  # they are in: their memory is free for the Fisher product
         probe = self._probe(make_probe(), batch, noise) if self._options.update_aux_every else None
         return Prepared(statistics, level, gather, probe, refresh, ok)
 

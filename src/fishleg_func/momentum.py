@@ -100,8 +100,7 @@ class Momentum:
             else:
                 new_p[k] = carry(self.p[k].lerp(dense(stale[k]), weight))
         qg = self.applied(g) if self._nesterov else {}
-        sums = [checksum(new_p), *([checksum(qg)] if qg else [])]
-        ok = both(learned.ok, require_finite(loss, total(sums), _WHAT))
+        ok = both(learned.ok, require_finite(loss, total(checksum(x) for x in (new_p, qg) if x), _WHAT))
         for k, m in self.m.items():
             if k in new_m:
                 assign_(m, new_m[k], ok)
