@@ -245,7 +245,8 @@ def test_at_the_exact_inverse_the_loss_is_least_and_nothing_moves(rule: str, pre
     assert (after - before).norm() <= 1e-9 * before.norm()
     batch = step._runner.run(x, y, twice=True)
     found = auxiliary.probe(
-        step.q, step._curvature.operators, batch.gradient()[1], batch.fisher("exact", step._noise), step.hyper.damping,
+        step.q, step._curvature.operators, batch.gradient()[1], batch.fisher("exact", step._noise),
+        {"(root)": step.hyper.damping},
         unit=rule, preconditioned=preconditioned,
     )  # fmt: skip
     w, u = dense(found.w["(root)"]), dense(found.u["(root)"])

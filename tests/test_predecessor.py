@@ -113,7 +113,8 @@ def test_d07_the_auxiliary_loss_at_the_optimum_is_minus_half_u_inverse_u() -> No
     q.L.data.copy_(torch.linalg.cholesky(A.inverse()))
     for unit, size in (("adam", u.norm()), ("relative", (u @ A.inverse() @ u.T).sqrt())):
         probe = auxiliary.probe(
-            {"b": q}, {"b": q.operator()}, {"b": u}, lambda v: {"b": v["b"] @ X.T @ X / 12}, torch.tensor(0.1).double(),
+            {"b": q}, {"b": q.operator()}, {"b": u}, lambda v: {"b": v["b"] @ X.T @ X / 12},
+            {"b": torch.tensor(0.1).double()},
             unit=unit, preconditioned=False,
         )  # fmt: skip
         torch.testing.assert_close(probe.loss, -0.5 * (u @ A.inverse() @ u.T / size**2).squeeze())

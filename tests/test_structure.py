@@ -19,6 +19,7 @@ LAYERS = (  # a module imports from its own layer, without cycles, and from thos
     {"diagnostics", "batch"},
     {"curvature"},
     {"momentum"},
+    {"engine"},
     {"step"},
     {"entry"},
     {"__init__"},

@@ -139,6 +139,25 @@ class Hyper:
         super().__setattr__(name, value)
 
 
+@dataclass(eq=False)
+class Groups:
+    """Hyperparameters by group of parameters; one group, unless an optimizer has more.
+
+    Attributes:
+        hypers: Of each group.
+        of_block: Number of a block's group, which gives β and γ.
+        of_parameter: Number of a parameter's group, which gives η and the weight decay.
+    """
+
+    hypers: list[Hyper]
+    of_block: dict[str, int]
+    of_parameter: dict[str, int]
+
+    def beta(self, block: str) -> Tensor:
+        """Return the decay of a block's momentum, 0-d."""
+        return self.hypers[self.of_block[block]].beta
+
+
 class Accuracy(NamedTuple):
     r"""Relative residual :math:`\|(F + \gamma I)Qu - u\| / \|u\|` of Q on fresh probes.
 

@@ -51,7 +51,7 @@ def probe(
     operators: Mapping[str, Roots],
     u: Mapping[str, Packed],
     fisher: Callable[[Mapping[str, Packed]], Mapping[str, Packed]],
-    damping: Tensor,
+    damping: Mapping[str, Tensor],
     *,
     unit: str,
     preconditioned: bool,
@@ -63,7 +63,7 @@ def probe(
         operators: What they are applied with.
         u: Probe direction; zero gives A = 0 and w = 0.
         fisher: :math:`v \mapsto Fv` over all blocks together.
-        damping: γ, 0-d.
+        damping: γ of each block, 0-d.
         unit: ``"relative"`` scales u so that :math:`u^\top Qu = 1`, ``"adam"`` so that :math:`\|u\| = 1`.
         preconditioned: Replace w by Qw.
 
@@ -76,8 +76,8 @@ def probe(
     u, v = {k: scale(x, factor) for k, x in u.items()}, {k: scale(x, factor) for k, x in v.items()}
     fv = fisher(v)
     minus = -torch.ones_like(factor)
-    w = {k: add(fv[k], add(scale(u[k], minus), scale(v[k], damping))) for k in q}
-    quadratic = total(inner(v[k], fv[k]) + damping * inner(v[k], v[k]) for k in q)
+    w = {k: add(fv[k], add(scale(u[k], minus), scale(v[k], damping[k]))) for k in q}
+    quadratic = total(inner(v[k], fv[k]) + damping[k] * inner(v[k], v[k]) for k in q)
     square = total(inner(u[k], v[k]) for k in q)
     if preconditioned:
         w = {k: q[k].act(operators[k], w[k]) for k in q}

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _checks, auxiliary
 from ._noise import Noise
 from ._trees import assign_
-from ._types import Hyper, Options, Packed
+from ._types import Groups, Options, Packed
 from .batch import Batch
 from .qmodules import Carry, QModule, Roots, statistics_weight
 
@@ -60,27 +60,33 @@ class Curvature:
     Args:
         q: Q modules, by block name.
         rule: Moves λ.
-        hyper: Hyperparameters.
+        groups: Hyperparameters.
         options: What is fixed.
 
     Attributes:
         skipped: 0-d tensor: auxiliary updates left out, and compiled steps skipped, for non-finite numbers.
     """
 
-    def __init__(self, q: Mapping[str, QModule], rule: auxiliary.Rule, hyper: Hyper, options: Options) -> None:
+    def __init__(self, q: Mapping[str, QModule], rule: auxiliary.Rule, groups: Groups, options: Options) -> None:
         self.q: dict[str, QModule] = dict(q)
-        self.rule, self._hyper, self._options = rule, hyper, options
+        self.rule, self.groups, self._options = rule, groups, options
+        scalar = groups.hypers[0].lr
         self.operators: dict[str, Roots] = {k: tuple(t.detach() for t in q.operator()) for k, q in self.q.items()}
-        self.skipped = torch.zeros((), dtype=torch.int64, device=hyper.lr.device)
-        self._level = hyper.lr.new_zeros(2)  # of the Fisher of the outputs: running mean, largest
-        self._count = torch.zeros((), dtype=torch.int64, device=hyper.lr.device)  # of the batches in it
+        self.skipped = torch.zeros((), dtype=torch.int64, device=scalar.device)
+        self._level = scalar.new_zeros(2)  # of the Fisher of the outputs: running mean, largest
+        self._count = torch.zeros((), dtype=torch.int64, device=scalar.device)  # of the batches in it
         self._versions = self._tensor_versions()
 
-    def damping(self) -> Tensor:
-        """Return γ, 0-d, by what is known now of the Fisher of the outputs; it counts as one while nothing is known."""
+    def dampings(self) -> list[Tensor]:
+        """Return γ of each group, 0-d, by what is known of the Fisher of the outputs; it counts as one before that."""
         mean, largest = self._level.unbind()
         level = torch.where(largest > 0, torch.maximum(mean, _LEAST_LEVEL * largest), 1)
-        return self._hyper.damping + self._hyper.relative_damping * level
+        return [hyper.damping + hyper.relative_damping * level for hyper in self.groups.hypers]
+
+    def damping(self) -> dict[str, Tensor]:
+        """Return γ of each block, 0-d."""
+        values = self.dampings()
+        return {name: values[self.groups.of_block[name]] for name in self.q}
 
     def apply(self, name: str, u: Packed) -> Packed:
         """Return Q u for one block."""
@@ -115,8 +121,9 @@ class Curvature:
         gather = ok if self._options.aux_batch_size is None else both(ok, any_terms)  # a part may be all masked
         if refresh:
             self._gather(statistics, level, gather)
+            damping = self.damping()
             for name in statistics:
-                self.q[name].refresh_(self.damping(), ok)
+                self.q[name].refresh_(damping[name], ok)
             self.renew(ok=ok)
             statistics = {}  # they are in: their memory is free for the Fisher product
         probe = self._probe(make_probe(), batch, noise) if self._options.update_aux_every else None
@@ -134,7 +141,7 @@ class Curvature:
         """Move λ by the rule; where A is not finite, λ stays."""
         probe, ok = prepared.probe, prepared.ok
         if probe is None:
-            return Learned(torch.zeros_like(self._hyper.lr), self._carries(prepared, _stay), ok)
+            return Learned(torch.zeros_like(prepared.level), self._carries(prepared, _stay), ok)
         finite, changed = probe.loss.isfinite(), ok
         if torch.compiler.is_compiling():
             self.skipped.add_((~finite if ok is None else ok & ~finite).long())

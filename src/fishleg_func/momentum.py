@@ -19,14 +19,13 @@ class Momentum:
     """m and p by block, packed dense.
 
     Args:
-        curvature: Q.
-        beta: Decay of the average, 0-d.
+        curvature: Q, and the decay of each block's average.
         rule: Whether gradients are averaged ``"before"`` Q is applied, or ``"after"``: then p averages Q g, and there
             is no m. Both step along p. ``"nesterov"`` averages before, and steps along β p + (1 − β) Q g.
     """
 
-    def __init__(self, curvature: Curvature, beta: Tensor, rule: str) -> None:
-        self._curvature, self._beta, self._nesterov = curvature, beta, rule == "nesterov"
+    def __init__(self, curvature: Curvature, rule: str) -> None:
+        self._curvature, self._beta, self._nesterov = curvature, curvature.groups.beta, rule == "nesterov"
         self.before = before = rule != "after"
         self.p = {k: ts[0].new_zeros(curvature.q[k].shape) for k, ts in curvature.operators.items()}
         self.m = {k: p.clone() for k, p in self.p.items()} if before else {}
@@ -39,36 +38,39 @@ class Momentum:
 
         Args:
             loss: The loss, for the error.
-            g: Gradient by block.
+            g: Gradient by block; blocks that have none stay as they are.
             ok: In compiled code, whether to change anything.
 
         Returns:
-            The direction, and ``ok`` with what that adds to it.
+            The direction of these blocks, and ``ok`` with what that adds to it.
 
         Raises:
             FloatingPointError: If the direction is not finite; nothing is changed (eager only).
         """
-        weight, qg = 1 - self._beta, self.applied(g)
+        qg = self.applied(g)
         sums = checksum(qg) if not self._unsound else checksum({k: self.p[k] for k in self._unsound})
         ok = both(ok, require_finite(loss, sums, _WHAT))
         if self._nesterov:
             qg = {k: dense(x) for k, x in qg.items()}  # once, for p and for the direction
-        for k, p in self.p.items():
+        for k in g:
+            weight = 1 - self._beta(k)
             if k in self.m:
                 average_(self.m[k], g[k], weight, ok)
-            average_(p, qg[k], weight, ok)
-        return self._ahead(qg), ok
+            average_(self.p[k], qg[k], weight, ok)
+        return self._ahead(g, qg), ok
 
-    def _ahead(self, qg: Mapping[str, Packed]) -> Mapping[str, Tensor]:
-        """Return the direction, from p and Q g."""
-        return {k: dense(qg[k]).lerp(p, self._beta) for k, p in self.p.items()} if self._nesterov else self.p
+    def _ahead(self, g: Mapping[str, Packed], qg: Mapping[str, Packed]) -> Mapping[str, Tensor]:
+        """Return the direction of the blocks that have a gradient, from p and Q g."""
+        if self._nesterov:
+            return {k: dense(qg[k]).lerp(self.p[k], self._beta(k)) for k in g}
+        return {k: self.p[k] for k in g}
 
-    def predicted(self, g: Mapping[str, Packed], direction: Mapping[str, Tensor]) -> Tensor:
-        r"""Return :math:`p^\top Q^{-1} p` of a direction p, 0-d; g is the gradient that it was made of."""
-        along = total(inner(m, direction[k]) for k, m in self.m.items())
+    def predicted(self, g: Mapping[str, Packed], direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        r"""Return :math:`p^\top Q^{-1} p` of a direction p by block, 0-d; g is the gradient that it was made of."""
+        along = {k: inner(self.m[k], p) for k, p in direction.items()}
         if not self._nesterov:
             return along
-        return along.lerp(total(inner(x, direction[k]) for k, x in g.items()), 1 - self._beta)
+        return {k: x.lerp(inner(g[k], direction[k]), 1 - self._beta(k)) for k, x in along.items()}
 
     def follow(
         self, loss: Tensor, g: Mapping[str, Packed], stale: Mapping[str, Packed], learned: Learned
@@ -77,37 +79,36 @@ class Momentum:
 
         Args:
             loss: The loss, for the error.
-            g: Gradient by block.
+            g: Gradient by block; of blocks that have none m stays, and p follows Q.
             stale: Q g with the Q before, for what is carried along.
             learned: What has changed Q.
 
         Returns:
-            The direction, and ``ok`` with what that adds to it.
+            The direction of the blocks that have one, and ``ok`` with what that adds to it.
 
         Raises:
             FloatingPointError: If the direction is not finite; m and p are not changed (eager only).
         """
         if not self.before:
             return self.average(loss, g, learned.ok)
-        weight = 1 - self._beta
         new_m: dict[str, Tensor] = {}
         new_p: dict[str, Tensor] = {}
         for k, m in self.m.items():
             carry = learned.carries.get(k)
             if carry is None:
-                new_m[k] = m.lerp(dense(g[k]), weight)
+                new_m[k] = m.lerp(dense(g[k]), 1 - self._beta(k)) if k in g else m
                 new_p[k] = dense(self._curvature.apply(k, new_m[k]))
             else:
-                new_p[k] = carry(self.p[k].lerp(dense(stale[k]), weight))
+                new_p[k] = carry(self.p[k].lerp(dense(stale[k]), 1 - self._beta(k)) if k in g else self.p[k])
         qg = self.applied(g) if self._nesterov else {}
         ok = both(learned.ok, require_finite(loss, total(checksum(x) for x in (new_p, qg) if x), _WHAT))
         for k, m in self.m.items():
             if k in new_m:
                 assign_(m, new_m[k], ok)
-            else:
-                average_(m, g[k], weight, ok)
+            elif k in g:
+                average_(m, g[k], 1 - self._beta(k), ok)
             assign_(self.p[k], new_p[k], ok)
-        return self._ahead(qg), ok
+        return self._ahead(g, qg), ok
 
     def applied(self, g: Mapping[str, Packed]) -> dict[str, Packed]:
         """Return Q g by block."""

@@ -1,8 +1,7 @@
-"""The stepping function: gradient, curvature, momentum, step norm, parameters."""
+"""The stepping function: one batch in, one training step in place."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -12,20 +11,16 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from . import _checks, auxiliary, diagnostics
-from ._noise import Noise
-from ._trees import assign_, dense, descend_, inverse_or_zero
+from ._trees import assign_, dense
 from ._types import Accuracy, Hyper, Inputs, Options, Packed, Params
 from .batch import Batch, Runner
 from .capture import kept_random_state, restored_on_error, tensors_restored_on_error
-from .curvature import Curvature, require_finite
-from .likelihoods import Likelihood
-from .momentum import Momentum
-from .schedule import is_due, is_refresh
-
-_DEFAULT_CADENCE = 10  # steps between statistics where update_aux_every=0 learns nothing
+from .curvature import require_finite
+from .engine import Engine
+from .schedule import is_refresh
 
 
-class FishLegStep:
+class FishLegStep(Engine):
     """One training step as a callable, ``loss = step(inputs, targets)``; made by :func:`fishleg_func.fishlegify`.
 
     Eager or inside ``torch.compile(step, fullgraph=True)``. An eager step that meets a non-finite loss or gradient
@@ -47,28 +42,8 @@ class FishLegStep:
     """
 
     def __init__(self, runner: Runner, hyper: Hyper, options: Options, rule: auxiliary.Rule, seed: int) -> None:
-        self.model, self.hyper = runner.model, hyper
-        self._runner, self._options = runner, options
-        self._curvature = Curvature(runner.plan.q, rule, hyper, options)
-        self.q, self.skipped = self._curvature.q, self._curvature.skipped
-        self._averages = Momentum(self._curvature, hyper.beta, options.momentum)
-        self._direction, self._momentum = self._averages.p, self._averages.m
-        self._noise, self._meter = Noise(seed, runner.device), Noise(~seed, runner.device)  # of training, of accuracy()
+        super().__init__(runner, hyper, options, rule, seed)
         self._last: tuple[Inputs, Tensor] | None = None  # the last step's batch
-        self._t = 0  # steps so far
-        self._updates = 0  # calls of update_aux so far
-        self._removed = False
-        weakref.finalize(self, runner.capture.remove)
-
-    @property
-    def likelihood(self) -> Likelihood | None:
-        """The likelihood; ``None`` until it is resolved from the first targets."""
-        return self._runner.likelihood
-
-    @property
-    def damping(self) -> Tensor:
-        r"""γ, 0-d: Q learns :math:`(F + \gamma I)^{-1}`. Before the first batch its relative part is a guess."""
-        return self._curvature.damping()
 
     @torch.no_grad()
     def __call__(self, inputs: Inputs, targets: Tensor) -> Tensor:
@@ -89,85 +64,28 @@ class FishLegStep:
         """
         self._require_hooks()
         _checks.targets_given(targets)
-        cadence = self._options.update_aux_every or _DEFAULT_CADENCE
-        curvature = is_due(self._t, cadence)
-        refresh = curvature and is_refresh(self._t, cadence)
+        due = self._due()
         if torch.compiler.is_compiling():
-            loss = self._step(inputs, targets, curvature, refresh)
+            loss = self._step(inputs, targets, due)
         else:
             self._sync()
             with restored_on_error(self.model):
-                loss = self._step(inputs, targets, curvature, refresh)
+                loss = self._step(inputs, targets, due)
         self._t += 1
         self._last = _detached((inputs, targets))
         return loss
 
-    def _step(self, inputs: Inputs, targets: Tensor, curvature: bool, refresh: bool) -> Tensor:
-        """The algorithm, from a batch to new parameters."""
-        batch = self._runner.run(inputs, targets, twice=curvature)
+    def _step(self, inputs: Inputs, targets: Tensor, due: tuple[bool, bool]) -> Tensor:
+        """The step, from a batch to new parameters and buffers."""
+        batch = self._runner.run(inputs, targets, twice=due[0])
         _checks.same_buffers(dict(self.model.named_buffers()), batch.buffers)
-        loss, g, checksum = batch.gradient()
+        loss, _, checksum = batch.gradient()
         ok = require_finite(loss, checksum, "a gradient")
         self._runner.settle(batch)
-        if curvature:
-            p, ok = self._learn(batch, self._auxiliary_batch(batch, inputs, targets), refresh, ok)
-        else:
-            p, ok = self._averages.average(loss, g, ok)
-        self._move(p, self._step_scales(p, g), ok)
+        ok = self._advance(batch, lambda: self._auxiliary_batch(batch, inputs, targets), due, ok)
         for name, buffer in self.model.named_buffers():
             assign_(buffer, batch.buffers[name], ok)
-        if ok is not None:
-            self.skipped.add_((~ok).long())
-        self._noise.advance_()
         return loss
-
-    def _learn(
-        self, batch: Batch, batch_for_q: Batch, refresh: bool, ok: Tensor | None
-    ) -> tuple[Mapping[str, Tensor], Tensor | None]:
-        """Update Q, and the averages with it; what is written is undone if anything raises."""
-        loss, g, _ = batch.gradient()
-        with tensors_restored_on_error(self._undoable() if refresh else []):
-            stale = self._averages.applied(g) if self._averages.before and not refresh else {}
-            prepared = self._curvature.prepare(
-                batch_for_q, lambda: self._probe(batch, g), self._noise, refresh=refresh, ok=ok
-            )
-            with tensors_restored_on_error([] if refresh else self._movable()):
-                followed = self._averages.follow(loss, g, stale, self._curvature.move(prepared))
-            self._curvature.gather(prepared)
-        return followed
-
-    def _undoable(self) -> list[Tensor]:
-        """Return what an update of Q writes; nothing in compiled code, which raises nothing."""
-        return [] if torch.compiler.is_compiling() else [*self._curvature.tensors().values(), self.skipped]
-
-    def _movable(self) -> list[Tensor]:
-        """Return what an update of Q writes after all code of the model has run, apart from statistics."""
-        return [] if torch.compiler.is_compiling() else [*self._curvature.movable(), self.skipped]
-
-    def _step_scales(self, p: Mapping[str, Tensor], g: Mapping[str, Packed]) -> dict[str, Tensor]:
-        """Return s(p) / p of each block, a 0-d tensor."""
-        if self._options.step_norm == "layer":
-            blocks = self._runner.plan.blocks
-            return {b.name: b.target_norm() * inverse_or_zero(torch.linalg.vector_norm(p[b.name])) for b in blocks}
-        factor = torch.ones_like(self.hyper.lr)
-        if self._options.step_norm == "kl":
-            predicted = self.hyper.lr.square() * self._averages.predicted(g, p)
-            bound = (self.hyper.kl_clip * inverse_or_zero(predicted)).sqrt()
-            factor = torch.where(predicted > self.hyper.kl_clip, bound, factor)
-        return dict.fromkeys(p, factor)
-
-    def _move(self, p: Mapping[str, Tensor], scales: Mapping[str, Tensor], ok: Tensor | None) -> None:
-        """Write the parameters: θ ← θ − η s(p) − η wd θ."""
-        params = self._runner.params()
-        keep = 1 - self.hyper.lr * self.hyper.weight_decay
-        for block in self._runner.plan.blocks:
-            scale = self.hyper.lr * scales[block.name]
-            for name, direction in block.unpack(p[block.name], params).items():
-                descend_(params[name], keep, direction, scale, ok)
-
-    def _require_hooks(self) -> None:
-        if self._removed:
-            raise RuntimeError("this step was removed from its model, and must not be used; call fishlegify again")
 
     def _auxiliary_batch(self, batch: Batch, inputs: Inputs, targets: Tensor) -> Batch:
         """Return the batch that curvature is taken from: the step's own, or its first ``aux_batch_size`` examples."""
@@ -180,19 +98,6 @@ class FishLegStep:
             return x[:size] if isinstance(x, Tensor) and x.ndim and len(x) == n else x
 
         return self._runner.run(pytree.tree_map(cut, inputs), targets[:size], twice=True)
-
-    def _probe(self, batch: Batch, g: Mapping[str, Packed]) -> Mapping[str, Packed]:
-        """Return the direction u on which Q is learned, from the gradient g of a batch."""
-        if self._options.u == "momentum":
-            return {k: torch.lerp(dense(g[k]), m, self.hyper.beta) for k, m in self._momentum.items()}
-        if self._options.u == "gaussian":
-            noise = self._noise.fork(3)
-            return {k: noise.normal(p, i) for i, (k, p) in enumerate(self._direction.items())}
-        return batch.probe(self.q)
-
-    def _sync(self) -> None:
-        """Take up what was written into ``q`` from outside since the last eager call."""
-        self._averages.renew(self._curvature.sync())
 
     @torch.no_grad()
     def update_aux(self, inputs: Inputs, targets: Tensor | None = None) -> Tensor:
@@ -287,11 +192,12 @@ class FishLegStep:
         self._sync()
         with kept_random_state(self.model):
             fisher = self._runner.run(inputs, None, twice=True).fisher("exact", self._meter.fork(2))
+        damping = self._curvature.damping()
 
         def residual(u: Mapping[str, Tensor]) -> dict[str, Tensor]:
             v = {k: self._curvature.apply(k, u[k]) for k in u}
             fv = fisher(v)
-            return {k: dense(fv[k]) + self.damping * dense(v[k]) - u[k] for k in u}
+            return {k: dense(fv[k]) + damping[k] * dense(v[k]) - u[k] for k in u}
 
         noise, salts = self._meter.fork(3), iter(range(n * len(self.q)))
         probes = [{k: noise.normal(p, next(salts)) for k, p in self._direction.items()} for _ in range(n)]
@@ -312,50 +218,6 @@ class FishLegStep:
             for k, q in self.q.items()
         }
         return diagnostics.report(self.model, plan, direct, state, self.likelihood)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """Return all state that is kept between steps, by name: the tensors themselves."""
-        hyper = {f"hyper.{k}": t for k, t in vars(self.hyper).items()}
-        direction = {f"direction.{k}": p for k, p in self._direction.items()}
-        momentum = {f"momentum.{k}": m for k, m in self._momentum.items()}
-        rest = {"noise": self._noise.counter, "skipped": self.skipped}
-        return {**hyper, **self._curvature.tensors(), **direction, **momentum, **rest}
-
-    @torch.no_grad()
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that the step keeps: λ, bases, momentum, hyperparameters, counters, random numbers.
-
-        The model's own state is in the model's ``state_dict``. With both restored (and the global random stream, where
-        the model draws from it) training goes on bit for bit.
-
-        Returns:
-            Copies of tensors by name, and two integers; ``torch.load(..., weights_only=True)`` reads it.
-        """
-        self._sync()
-        counts = {"t": self._t, "updates": self._updates}
-        return {**{k: t.detach().clone() for k, t in self._tensors().items()}, **counts}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned, onto this step's device.
-
-        Args:
-            state: From a step made with the same model and arguments.
-
-        Raises:
-            ValueError: If names or shapes differ; nothing is changed.
-        """
-        own = self._tensors()
-        _checks.same_state({**own, "t": self._t, "updates": self._updates}, state)
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
-        self._t, self._updates = int(state["t"]), int(state["updates"])
-        self._curvature.adopt()
-
-    def remove(self) -> None:
-        """Take the hooks off the model, which is then as it was before ``fishlegify``."""
-        self._runner.capture.remove()
-        self._removed = True
 
     def __reduce__(self) -> NoReturn:
         """Refuse to be copied or pickled: hooks belong to one model.

@@ -1,0 +1,213 @@
+"""The algorithm: from a gradient to new parameters, with all state that is kept between steps."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import _checks, auxiliary
+from ._noise import Noise
+from ._trees import dense, descend_, inverse_or_zero, total
+from ._types import Groups, Hyper, Options, Packed
+from .batch import Batch, Runner
+from .capture import tensors_restored_on_error
+from .curvature import Curvature
+from .likelihoods import Likelihood
+from .momentum import Momentum
+from .qmodules import QModule
+from .schedule import is_due, is_refresh
+
+_DEFAULT_CADENCE = 10  # steps between statistics where update_aux_every=0 learns nothing
+
+
+class Gradient(Protocol):
+    """Where a step's gradient comes from: a batch, or what a backward pass has left in the parameters."""
+
+    def gradient(self) -> tuple[Tensor, Mapping[str, Packed], Tensor]:
+        """Return the loss, its gradient by block, and a checksum."""
+
+    def probe(self, q: Mapping[str, QModule]) -> Mapping[str, Packed]:
+        """Return the gradient of every block as a probe for λ."""
+
+
+class Engine:
+    """What all front ends share: the algorithm and its state.
+
+    Args:
+        runner: Runs batches through the model.
+        hyper: Hyperparameters.
+        options: What is fixed.
+        rule: Moves λ.
+        seed: Of the step's own random numbers.
+    """
+
+    def __init__(self, runner: Runner, hyper: Hyper, options: Options, rule: auxiliary.Rule, seed: int) -> None:
+        self.model, self.hyper = runner.model, hyper
+        self._runner, self._options = runner, options
+        blocks = runner.plan.blocks
+        self._groups = Groups([hyper], {b.name: 0 for b in blocks}, {n: 0 for b in blocks for n in b.names.values()})
+        self._curvature = Curvature(runner.plan.q, rule, self._groups, options)
+        self.q, self.skipped = self._curvature.q, self._curvature.skipped
+        self._averages = Momentum(self._curvature, options.momentum)
+        self._direction, self._momentum = self._averages.p, self._averages.m
+        self._noise, self._meter = Noise(seed, runner.device), Noise(~seed, runner.device)  # of training, of accuracy()
+        self._t = 0  # steps so far
+        self._updates = 0  # calls of update_aux so far
+        self._removed = False
+        weakref.finalize(self, runner.capture.remove)
+
+    @property
+    def likelihood(self) -> Likelihood | None:
+        """The likelihood; ``None`` until it is resolved from the first targets."""
+        return self._runner.likelihood
+
+    @property
+    def damping(self) -> Tensor:
+        r"""γ, 0-d: Q learns :math:`(F + \gamma I)^{-1}`. Before the first batch its relative part is a guess."""
+        return self._curvature.dampings()[0]
+
+    def _due(self) -> tuple[bool, bool]:
+        """Tell whether the next step updates Q, and whether it refreshes the bases."""
+        cadence = self._options.update_aux_every or _DEFAULT_CADENCE
+        curvature = is_due(self._t, cadence)
+        return curvature, curvature and is_refresh(self._t, cadence)
+
+    def _advance(
+        self, source: Gradient, batch_for_q: Callable[[], Batch], due: tuple[bool, bool], ok: Tensor | None
+    ) -> Tensor | None:
+        """Take the step: update Q where that is due, average, write the parameters.
+
+        Args:
+            source: The gradient, known to be finite.
+            batch_for_q: Returns where the Fisher is taken.
+            due: From :meth:`_due`.
+            ok: In compiled code, whether to change anything.
+
+        Returns:
+            ``ok``, with what was found on the way.
+        """
+        curvature, refresh = due
+        loss, g, _ = source.gradient()
+        if curvature:
+            p, ok = self._learn(source, batch_for_q(), refresh, ok)
+        else:
+            p, ok = self._averages.average(loss, g, ok)
+        self._move(p, self._step_scales(p, g), ok)
+        if ok is not None:
+            self.skipped.add_((~ok).long())
+        self._noise.advance_()
+        return ok
+
+    def _learn(
+        self, source: Gradient, batch: Batch, refresh: bool, ok: Tensor | None
+    ) -> tuple[Mapping[str, Tensor], Tensor | None]:
+        """Update Q, and the averages with it; what is written is undone if anything raises."""
+        loss, g, _ = source.gradient()
+        with tensors_restored_on_error(self._undoable() if refresh else []):
+            stale = self._averages.applied(g) if self._averages.before and not refresh else {}
+            prepared = self._curvature.prepare(
+                batch, lambda: self._probe(source, g), self._noise, refresh=refresh, ok=ok
+            )
+            with tensors_restored_on_error([] if refresh else self._movable()):
+                followed = self._averages.follow(loss, g, stale, self._curvature.move(prepared))
+            self._curvature.gather(prepared)
+        return followed
+
+    def _undoable(self) -> list[Tensor]:
+        """Return what an update of Q writes; nothing in compiled code, which raises nothing."""
+        return [] if torch.compiler.is_compiling() else [*self._curvature.tensors().values(), self.skipped]
+
+    def _movable(self) -> list[Tensor]:
+        """Return what an update of Q writes after all code of the model has run, apart from statistics."""
+        return [] if torch.compiler.is_compiling() else [*self._curvature.movable(), self.skipped]
+
+    def _probe(self, source: Gradient, g: Mapping[str, Packed]) -> Mapping[str, Packed]:
+        """Return the direction u on which Q is learned, from a gradient g and where it comes from."""
+        if self._options.u == "momentum":
+            beta = self._groups.beta
+            return {k: torch.lerp(dense(g[k]), m, beta(k)) if k in g else m for k, m in self._momentum.items()}
+        if self._options.u == "gaussian":
+            noise = self._noise.fork(3)
+            return {k: noise.normal(p, i) for i, (k, p) in enumerate(self._direction.items())}
+        return source.probe(self.q)
+
+    def _step_scales(self, p: Mapping[str, Tensor], g: Mapping[str, Packed]) -> dict[str, Tensor]:
+        """Return s(p) / p of each block that moves, a 0-d tensor."""
+        if self._options.step_norm == "layer":
+            blocks = [b for b in self._runner.plan.blocks if b.name in p]
+            return {b.name: b.target_norm() * inverse_or_zero(torch.linalg.vector_norm(p[b.name])) for b in blocks}
+        factor = torch.ones_like(self.hyper.lr)
+        if self._options.step_norm == "kl":
+            lr = {k: self._groups.hypers[self._groups.of_block[k]].lr for k in p}
+            predicted = total(lr[k].square() * x for k, x in self._averages.predicted(g, p).items())
+            bound = (self.hyper.kl_clip * inverse_or_zero(predicted)).sqrt()
+            factor = torch.where(predicted > self.hyper.kl_clip, bound, factor)
+        return dict.fromkeys(p, factor)
+
+    def _move(self, p: Mapping[str, Tensor], scales: Mapping[str, Tensor], ok: Tensor | None) -> None:
+        """Write the parameters of the blocks that move: θ ← θ − η s(p) − η wd θ."""
+        params = self._runner.params()
+        keeps = [1 - hyper.lr * hyper.weight_decay for hyper in self._groups.hypers]
+        for block in self._runner.plan.blocks:
+            if block.name not in p:
+                continue
+            for name, direction in block.unpack(p[block.name], params).items():
+                group = self._groups.of_parameter[name]
+                rate = self._groups.hypers[group].lr * scales[block.name]
+                descend_(params[name], keeps[group], direction, rate, ok)
+
+    def _sync(self) -> None:
+        """Take up what was written into ``q`` from outside since the last eager call."""
+        self._averages.renew(self._curvature.sync())
+
+    def _require_hooks(self) -> None:
+        if self._removed:
+            raise RuntimeError("this step was removed from its model, and must not be used; call fishlegify again")
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return all state that is kept between steps, by name: the tensors themselves."""
+        hyper = {f"hyper.{k}": t for k, t in vars(self.hyper).items()}
+        direction = {f"direction.{k}": p for k, p in self._direction.items()}
+        momentum = {f"momentum.{k}": m for k, m in self._momentum.items()}
+        rest = {"noise": self._noise.counter, "skipped": self.skipped}
+        return {**hyper, **self._curvature.tensors(), **direction, **momentum, **rest}
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the step keeps: λ, bases, momentum, hyperparameters, counters, random numbers.
+
+        The model's own state is in the model's ``state_dict``. With both restored (and the global random stream, where
+        the model draws from it) training goes on bit for bit.
+
+        Returns:
+            Copies of tensors by name, and two integers; ``torch.load(..., weights_only=True)`` reads it.
+        """
+        self._sync()
+        counts = {"t": self._t, "updates": self._updates}
+        return {**{k: t.detach().clone() for k, t in self._tensors().items()}, **counts}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, onto this step's device.
+
+        Args:
+            state: From a step made with the same model and arguments.
+
+        Raises:
+            ValueError: If names or shapes differ; nothing is changed.
+        """
+        own = self._tensors()
+        _checks.same_state({**own, "t": self._t, "updates": self._updates}, state)
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        self._t, self._updates = int(state["t"]), int(state["updates"])
+        self._curvature.adopt()
+
+    def remove(self) -> None:
+        """Take the hooks off the model, which is then as it was before ``fishlegify``."""
+        self._runner.capture.remove()
+        self._removed = True
