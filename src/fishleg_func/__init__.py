@@ -6,6 +6,7 @@ from .diagnostics import Report
 from .entry import fishlegify
 from .fisher import fisher_vector_product
 from .layers import LayerSpec, register_layer
+from .optimizer import FishLeg
 from .qmodules import QModule
 from .step import FishLegStep
 
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Accuracy",
+    "FishLeg",
     "FishLegStep",
     "Hyper",
     "LayerSpec",

@@ -13,7 +13,21 @@ Params = dict[str, Tensor]
 """Parameters, gradients or directions by qualified name."""
 
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
-"""What a model is called with: one tensor, positional arguments, or keyword arguments."""
+"""What a model is called with: one tensor, positional arguments, or keyword arguments; or a :class:`Call`."""
+
+
+class Call(NamedTuple):
+    """Positional and keyword arguments of one call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> Call:
+        """Return inputs as the arguments of a call."""
+        if isinstance(inputs, dict):
+            return cls((), inputs)
+        return cls(inputs if isinstance(inputs, tuple) else (inputs,), {})
 
 
 class LowRank(NamedTuple):

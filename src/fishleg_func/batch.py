@@ -54,13 +54,18 @@ class Runner:
         every = dict(self.model.named_parameters())
         return {name: every[name].detach() for block in self.plan.blocks for name in block.names.values()}
 
-    def run(self, inputs: Inputs, targets: Tensor | None, *, twice: bool) -> Batch:
+    def check(self) -> None:
+        """Raise RuntimeError unless the model is the one that was planned for."""
+        _checks.unchanged_model(self.model, self._traits, self.plan.layers)
+
+    def run(self, inputs: Inputs, targets: Tensor | None, *, twice: bool, cotangent: Tensor | None = None) -> Batch:
         """Run the model once on a batch, after checking it.
 
         Args:
             inputs: What the model is called with.
             targets: Observations, or ``None``.
             twice: Whether Fisher products will be asked for.
+            cotangent: Gradient of the loss at the outputs, where there are no targets but a backward pass was seen.
 
         Returns:
             The batch.
@@ -77,18 +82,20 @@ class Runner:
         inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
         leaves = [(f"inputs[{i}]", leaf) for i, leaf in enumerate(pytree.tree_leaves(inputs))]
         _checks.same_device(self.device, [*leaves, ("targets", targets)])
-        _checks.unchanged_model(self.model, self._traits, self.plan.layers)
+        self.check()
         if torch.compiler.is_compiling():
-            return self._run(inputs, targets, self.capture.discover(inputs), twice=twice)
+            return self._run(inputs, targets, self.capture.discover(inputs), twice, cotangent)
         try:
             with restored_on_error(self.model):
                 slots = self.capture.discover(inputs)
                 self._verify(inputs, slots)
-                return self._run(inputs, targets, slots, twice=twice)
+                return self._run(inputs, targets, slots, twice, cotangent)
         except StaleSlots:  # the calls of a layer depend on values or on chance: look at this very batch
-            return self._run(inputs, targets, self.capture.discover(inputs, anew=True), twice=twice)
+            return self._run(inputs, targets, self.capture.discover(inputs, anew=True), twice, cotangent)
 
-    def _run(self, inputs: Inputs, targets: Tensor | None, slots: Slots, *, twice: bool) -> Batch:
+    def _run(
+        self, inputs: Inputs, targets: Tensor | None, slots: Slots, twice: bool, cotangent: Tensor | None
+    ) -> Batch:
         slots = {name: calls for name, calls in slots.items() if name not in self.unhooked}
         hooked = {name for b in self.plan.blocks if b.name in slots for name in b.names.values()}
         direct = {name: p for name, p in self.params().items() if name not in hooked}
@@ -97,7 +104,7 @@ class Runner:
             raise StaleSlots(
                 f"the layers {sorted(slots.keys() - seen.keys())} were called just before, and now are not"
             )
-        return Batch(self, inputs, targets, lin, Packing(self.plan.blocks, seen, slots))
+        return Batch(self, inputs, targets, lin, Packing(self.plan.blocks, seen, slots), cotangent)
 
     def likelihood_for(self, outputs: Tensor, targets: Tensor | None) -> Likelihood:
         """Return the likelihood, resolved and checked against the targets where there are any."""
@@ -157,25 +164,50 @@ class Batch:
         targets: Observations, or ``None``.
         lin: The linearization in layer outputs and direct parameters.
         packing: How its results are packed.
+        cotangent: Gradient of the loss at the outputs, where there are no targets.
     """
 
     def __init__(
-        self, runner: Runner, inputs: Inputs, targets: Tensor | None, lin: Linearization, packing: Packing
+        self,
+        runner: Runner,
+        inputs: Inputs,
+        targets: Tensor | None,
+        lin: Linearization,
+        packing: Packing,
+        cotangent: Tensor | None,
     ) -> None:
         self._runner, self._inputs, self._targets, self._lin, self._packing = runner, inputs, targets, lin, packing
         self.buffers = lin.buffers
         self._loss_and_gradient: tuple[Tensor, dict[str, Packed], Tensor] | None = None
         self._pulled: Any = None  # what the gradient was packed from
         self.likelihood = runner.likelihood_for(lin.outputs, targets)
+        self._cotangent = cotangent
+
+    def _weight(self) -> Tensor:
+        """Return each term's weight; without targets, a term at which the loss has no gradient is a masked one."""
+        outputs, c = self._lin.outputs, self._cotangent
+        if c is None:
+            return self.likelihood.weight(outputs, self._targets)
+        dims = self.likelihood.event_dims(outputs)
+        kept = (c != 0).any(dims, keepdim=True) if dims else c != 0
+        return kept.to(outputs.dtype) / kept.sum().clamp(min=1)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether there are targets, or what a backward pass has told."""
+        return self._targets is not None or self._cotangent is not None
 
     def gradient(self) -> tuple[Tensor, dict[str, Packed], Tensor]:
-        """Return the loss, its gradient by block, and its checksum; computed once."""
+        """Return the loss, zero where it is not known, its gradient by block, and its checksum; computed once."""
         if self._loss_and_gradient is None:
             self._loss_and_gradient = self._gradient()
         return self._loss_and_gradient
 
     def _gradient(self) -> tuple[Tensor, dict[str, Packed], Tensor]:
-        cotangent, loss = torch.func.grad_and_value(self.likelihood.nll)(self._lin.outputs, self._targets)  # type: ignore[arg-type]
+        if self._cotangent is None:
+            cotangent, loss = torch.func.grad_and_value(self.likelihood.nll)(self._lin.outputs, self._targets)  # type: ignore[arg-type]
+        else:
+            cotangent, loss = self._cotangent, torch.zeros_like(self._lin.outputs[:1].sum())
         self._pulled = self._lin.pullback(cotangent)
         g = self._packing.gradients(self._pulled)
         return loss, g, checksum(g)
@@ -199,7 +231,7 @@ class Batch:
             outputs, 0-d; a number that is finite only if that and the squares of z are; and whether there are terms.
         """
         outputs = self._lin.outputs
-        weight = self.likelihood.weight(outputs, self._targets)
+        weight = self._weight()
         scores = weight.sqrt() * self.likelihood.score(outputs, noise)
         events = math.prod([outputs.shape[i] for i in self.likelihood.event_dims(outputs)])
         level = scores.square().sum() / events
@@ -219,7 +251,9 @@ class Batch:
         params = self._runner.params()
         if kind == "antithetic":
             return self._antithetic(params, noise)
-        output_fisher = fisher.make_output_fisher(kind, self.likelihood, self._lin.outputs, self._targets, noise)
+        output_fisher = fisher.make_output_fisher(
+            kind, self.likelihood, self._lin.outputs, self._weight(), self._targets, noise
+        )
 
         def product(v: Mapping[str, Packed]) -> Mapping[str, Packed]:
             moved = self._lin.pushforward(self._packing.tangents(v, params))

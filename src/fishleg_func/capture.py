@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import _checks
-from ._types import Inputs, Linearization, Params, Slot
+from ._types import Call, Inputs, Linearization, Params, Slot
 
 Slots = dict[str, list[Slot]]
 Seen = dict[str, list[Tensor]]
@@ -203,6 +203,26 @@ def find_ties(model: nn.Module) -> Ties:
     return {first: tuple(others) for first, *others in names.values() if others}
 
 
+_running = [False]
+
+
+def is_own_run() -> bool:
+    """Tell whether the model is being run by this library, not by its user; eager only."""
+    return _running[0]
+
+
+@contextlib.contextmanager
+def _own_run() -> Iterator[None]:
+    if torch.compiler.is_compiling():
+        yield
+        return
+    outer, _running[0] = _running[0], True
+    try:
+        yield
+    finally:
+        _running[0] = outer
+
+
 def call_model(model: nn.Module, replaced: Params, inputs: Inputs, ties: Ties) -> Any:
     """Call the model with some tensors replaced; those that it reassigns are put into ``replaced``.
 
@@ -215,10 +235,10 @@ def call_model(model: nn.Module, replaced: Params, inputs: Inputs, ties: Ties) -
     Returns:
         What the model returns.
     """
+    args, kwargs = inputs if isinstance(inputs, Call) else Call.of(inputs)
     everywhere = replaced | {other: replaced[k] for k, others in ties.items() if k in replaced for other in others}
-    args = () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
-    kwargs = inputs if isinstance(inputs, dict) else None
-    out = torch.func.functional_call(model, everywhere, args, kwargs, tie_weights=False)
+    with _own_run():
+        out = torch.func.functional_call(model, everywhere, args, kwargs, tie_weights=False)
     replaced.update({name: everywhere[name] for name in replaced})
     return out
 
@@ -288,26 +308,43 @@ def _without_fast_paths(model: nn.Module) -> Iterator[None]:
         yield
 
 
+RandomState = dict[int, Tensor]
+"""The global random streams: of each GPU that matters by number, of the CPU at -1."""
+
+
+def random_state(model: nn.Module) -> RandomState:
+    """Return where the global random streams are, on the CPU and wherever the model's parameters are; eager only."""
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    return {-1: torch.get_rng_state(), **{i: torch.cuda.get_rng_state(i) for i in devices if i is not None}}
+
+
+def set_random_state(state: RandomState) -> None:
+    """Put the global random streams where they were at :func:`random_state`."""
+    for device, value in state.items():
+        if device < 0:
+            torch.set_rng_state(value)
+        else:
+            torch.cuda.set_rng_state(value, device)
+
+
 @contextlib.contextmanager
 def kept_random_state(model: nn.Module) -> Iterator[None]:
-    """Leave the global random streams as they were, on the CPU and wherever the model's parameters are; eager only."""
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(i for i in devices if i is not None)):
+    """Leave the global random streams as they were; eager only."""
+    state = random_state(model)
+    try:
         yield
+    finally:
+        set_random_state(state)
 
 
 @contextlib.contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[None]:
     """Put the global random streams back where they were if the block raises."""
-    cpu = torch.get_rng_state()
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    cuda = [torch.cuda.get_rng_state(i) for i in devices]
+    state = random_state(model)
     try:
         yield
     except BaseException:
-        torch.set_rng_state(cpu)
-        for i, state in zip(devices, cuda, strict=True):
-            torch.cuda.set_rng_state(state, i)
+        set_random_state(state)
         raise
 
 

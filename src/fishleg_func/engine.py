@@ -7,15 +7,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from . import _checks, auxiliary
 from ._noise import Noise
 from ._trees import dense, descend_, inverse_or_zero, total
-from ._types import Groups, Hyper, Options, Packed
+from ._types import Groups, Hyper, Inputs, Options, Packed, Params
 from .batch import Batch, Runner
-from .capture import tensors_restored_on_error
-from .curvature import Curvature
+from .capture import restored_on_error, tensors_restored_on_error
+from .curvature import Curvature, require_finite
 from .likelihoods import Likelihood
 from .momentum import Momentum
 from .qmodules import QModule
@@ -69,6 +70,109 @@ class Engine:
     def damping(self) -> Tensor:
         r"""γ, 0-d: Q learns :math:`(F + \gamma I)^{-1}`. Before the first batch its relative part is a guess."""
         return self._curvature.dampings()[0]
+
+    @property
+    def due(self) -> bool:
+        """Whether the next step updates Q."""
+        return self._due()[0]
+
+    @property
+    def steps(self) -> int:
+        """Steps so far."""
+        return self._t
+
+    @property
+    def hypers(self) -> list[Hyper]:
+        """Hyperparameters of each group of parameters; the first are :attr:`hyper`."""
+        return self._groups.hypers
+
+    def regroup(self, count: int, group_of: Mapping[str, int]) -> None:
+        """Give parameters hyperparameters by group.
+
+        Args:
+            count: Number of groups.
+            group_of: The group of each parameter, by name.
+        """
+        new = [Hyper(**{k: t.clone() for k, t in vars(self.hyper).items()}) for _ in range(count - 1)]
+        self._groups.hypers[1:] = new
+        self._groups.of_parameter.update({name: group_of[name] for name in self._groups.of_parameter})
+        self._groups.of_block.update({name: members[0] for name, members in self.groups_of_blocks().items()})
+
+    def groups_of_blocks(self) -> dict[str, list[int]]:
+        """Return the groups that each block's parameters are in."""
+        blocks = self._runner.plan.blocks
+        return {b.name: [self._groups.of_parameter[n] for n in b.names.values()] for b in blocks}
+
+    def pack(self, gradients: Params) -> dict[str, Packed]:
+        """Pack gradients by parameter name; blocks of which none is given are left out, else zeros fill in.
+
+        Args:
+            gradients: By name, of parameters that are trained.
+
+        Returns:
+            By block.
+        """
+        params = self._runner.params()
+        blocks = [b for b in self._runner.plan.blocks if any(n in gradients for n in b.names.values())]
+        names = {n for b in blocks for n in b.names.values()}
+        whole = {n: gradients[n] if n in gradients else torch.zeros_like(params[n]) for n in names}
+        return {b.name: b.pack(whole) for b in blocks}
+
+    def run(self, inputs: Inputs, targets: Tensor | None, cotangent: Tensor | None = None) -> Batch:
+        """Run a batch that Q is to learn from, or its first ``aux_batch_size`` examples.
+
+        Args:
+            inputs: What the model is called with.
+            targets: Observations, or ``None``.
+            cotangent: Gradient of the loss at the outputs, in place of targets.
+
+        Returns:
+            The batch.
+        """
+        size, n = self._options.aux_batch_size, next((len(x) for x in (targets, cotangent) if x is not None), None)
+
+        def cut(x: Any) -> Any:
+            return x[:size] if isinstance(x, Tensor) and x.ndim and (n is None or len(x) == n) else x
+
+        if size is not None:
+            inputs, targets, cotangent = pytree.tree_map(cut, (inputs, targets, cotangent))
+        return self._runner.run(inputs, targets, twice=True, cotangent=cotangent)
+
+    def advance(self, source: Gradient, batch_for_q: Callable[[], Batch]) -> None:
+        """Take a step along a gradient that was made elsewhere; eager only.
+
+        Args:
+            source: The gradient.
+            batch_for_q: Returns where the Fisher is taken, called where Q is due.
+
+        Raises:
+            FloatingPointError: If the gradient is not finite; nothing is changed.
+        """
+        self._require_hooks()
+        self._runner.check()
+        self._sync()
+        with restored_on_error(self.model):
+            loss, _, checksum = source.gradient()
+            require_finite(loss, checksum, "a gradient")
+            self._advance(source, batch_for_q, self._due(), None)
+        self._t += 1
+
+    def inherit(self, other: Engine) -> None:
+        """Take over the state of another, of blocks that both have in the same shape; the warm-up begins again."""
+        mine, theirs = self._tensors(), other._tensors()
+        for name, tensor in mine.items():
+            if name in theirs and theirs[name].shape == tensor.shape:
+                tensor.copy_(theirs[name])
+        self._curvature.renew()
+        self._averages.renew(self.q)
+
+    def live_state(self) -> dict[str, Any]:
+        """Return the state as :meth:`state_dict` does, but the tensors themselves."""
+        return {**self._tensors(), "t": self._t, "updates": self._updates}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError unless a state has the names and shapes of this one."""
+        _checks.same_state(self.live_state(), state)
 
     def _due(self) -> tuple[bool, bool]:
         """Tell whether the next step updates Q, and whether it refreshes the bases."""
@@ -187,8 +291,7 @@ class Engine:
             Copies of tensors by name, and two integers; ``torch.load(..., weights_only=True)`` reads it.
         """
         self._sync()
-        counts = {"t": self._t, "updates": self._updates}
-        return {**{k: t.detach().clone() for k, t in self._tensors().items()}, **counts}
+        return {k: t.detach().clone() if isinstance(t, Tensor) else t for k, t in self.live_state().items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -200,9 +303,8 @@ class Engine:
         Raises:
             ValueError: If names or shapes differ; nothing is changed.
         """
-        own = self._tensors()
-        _checks.same_state({**own, "t": self._t, "updates": self._updates}, state)
-        for name, tensor in own.items():
+        self.check_state(state)
+        for name, tensor in self._tensors().items():
             tensor.copy_(state[name])
         self._t, self._updates = int(state["t"]), int(state["updates"])
         self._curvature.adopt()

@@ -142,8 +142,8 @@ def fishlegify(
     def scalar(value: float) -> Tensor:
         return torch.tensor(value, dtype=dtype, device=device)
 
-    dampings = (0.0, _RELATIVE_DAMPING) if damping is None else (damping, 0.0)
-    hyper = Hyper(*map(scalar, (lr, *dampings, aux_lr, weight_decay, beta, _KL_CLIP)))
+    hyper = Hyper(*map(scalar, (lr, 0.0, 0.0, aux_lr, weight_decay, beta, _KL_CLIP)))
+    set_damping(hyper, damping)
     rule: auxiliary.Rule = auxiliary.make_relative(hyper.aux_lr)
     if aux_rule == "adam":
         rule = auxiliary.Adam(plan.q, hyper.aux_lr, aux_betas, aux_eps)
@@ -151,6 +151,12 @@ def fishlegify(
     if generator is not None:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     return FishLegStep(Runner(model, plan, likelihood, output, device), hyper, options, rule, seed)
+
+
+def set_damping(hyper: Hyper, damping: float | None) -> None:
+    """Fill in the fixed and the relative part of γ, of which one is zero; ``damping`` as in :func:`fishlegify`."""
+    hyper.damping.fill_(0.0 if damping is None else damping)
+    hyper.relative_damping.fill_(_RELATIVE_DAMPING if damping is None else 0.0)
 
 
 def _check(

@@ -31,7 +31,7 @@ KINDS = ("exact", "sampled", "empirical", "antithetic")
 
 
 def make_output_fisher(
-    kind: str, likelihood: Likelihood, outputs: Tensor, targets: Tensor | None, noise: Noise
+    kind: str, likelihood: Likelihood, outputs: Tensor, weight: Tensor, targets: Tensor | None, noise: Noise
 ) -> Callable[[Tensor], Tensor]:
     r"""Return the map :math:`t \mapsto w \odot (M t)`, M the matrix of each term that the kind of product calls for.
 
@@ -43,10 +43,10 @@ def make_output_fisher(
         kind: ``"exact"``, ``"sampled"`` or ``"empirical"``.
         likelihood: The likelihood.
         outputs: Natural parameters.
-        targets: Observations; needed for ``"empirical"``, elsewhere they say what is masked.
+        weight: Of each term in the mean, from :meth:`Likelihood.weight`.
+        targets: Observations; needed for ``"empirical"`` only.
         noise: Source of the draws.
     """
-    weight = likelihood.weight(outputs, targets)
     if kind == "exact":
         output_fisher = likelihood.make_fisher(outputs, noise)
         return lambda t: weight * output_fisher(t)
@@ -173,7 +173,8 @@ def fisher_vector_product(
             lin = linearize(model, inputs, {k: params[k] for k in v}, output)
             if targets is not None:
                 likelihood.check_shapes(lin.outputs, targets)
-            output_fisher = make_output_fisher(kind, likelihood, lin.outputs, targets, noise)
+            weight = likelihood.weight(lin.outputs, targets)
+            output_fisher = make_output_fisher(kind, likelihood, lin.outputs, weight, targets, noise)
             product = lin.pullback(output_fisher(lin.pushforward(v)))
         return {k: product[k] + damping * v[k] for k in v}
 

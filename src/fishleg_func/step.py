@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import NoReturn, Self
 
 import torch
 import torch.utils._pytree as pytree
@@ -13,7 +13,7 @@ from torch import Tensor
 from . import _checks, auxiliary, diagnostics
 from ._trees import assign_, dense
 from ._types import Accuracy, Hyper, Inputs, Options, Packed, Params
-from .batch import Batch, Runner
+from .batch import Runner
 from .capture import kept_random_state, restored_on_error, tensors_restored_on_error
 from .curvature import require_finite
 from .engine import Engine
@@ -82,22 +82,11 @@ class FishLegStep(Engine):
         loss, _, checksum = batch.gradient()
         ok = require_finite(loss, checksum, "a gradient")
         self._runner.settle(batch)
-        ok = self._advance(batch, lambda: self._auxiliary_batch(batch, inputs, targets), due, ok)
+        whole = self._options.aux_batch_size is None
+        ok = self._advance(batch, lambda: batch if whole else self.run(inputs, targets), due, ok)
         for name, buffer in self.model.named_buffers():
             assign_(buffer, batch.buffers[name], ok)
         return loss
-
-    def _auxiliary_batch(self, batch: Batch, inputs: Inputs, targets: Tensor) -> Batch:
-        """Return the batch that curvature is taken from: the step's own, or its first ``aux_batch_size`` examples."""
-        size = self._options.aux_batch_size
-        if size is None:
-            return batch
-        n = len(targets)
-
-        def cut(x: Any) -> Any:
-            return x[:size] if isinstance(x, Tensor) and x.ndim and len(x) == n else x
-
-        return self._runner.run(pytree.tree_map(cut, inputs), targets[:size], twice=True)
 
     @torch.no_grad()
     def update_aux(self, inputs: Inputs, targets: Tensor | None = None) -> Tensor:

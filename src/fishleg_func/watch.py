@@ -1,0 +1,132 @@
+"""Watching a training loop: which batches passed through the model on the way to the gradients in its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ._types import Call
+from .capture import RandomState, is_own_run, random_state
+
+
+class Pass:
+    """One forward pass of a training loop.
+
+    Args:
+        call: What the model was called with, detached.
+        state: The global random streams before it.
+
+    Attributes:
+        outputs: Natural parameters, detached; ``None`` where they could not be told.
+        cotangent: Gradient of the loss at the outputs, once a backward pass has come by.
+        reached: Whether a backward pass has come by.
+    """
+
+    def __init__(self, call: Call, state: RandomState) -> None:
+        self.call, self.state = call, state
+        self.outputs: Tensor | None = None
+        self.cotangent: Tensor | None = None
+        self.reached = False
+
+    def touch(self, gradient: Tensor) -> None:
+        """Note that a backward pass has reached something that the model returned."""
+        self.reached = True
+
+    def take(self, gradient: Tensor) -> None:
+        """Note the gradient at the outputs; where there are several backward passes, their sum."""
+        self.reached = True
+        gradient = gradient.detach()
+        self.cotangent = gradient if self.cotangent is None else self.cotangent + gradient
+
+
+class Watch:
+    """The hooks on a model, inert while nobody wants to know.
+
+    Args:
+        model: The module that the training loop calls.
+        output: From what it returns to natural parameters.
+        wanted: Tells whether passes are to be kept now.
+    """
+
+    def __init__(self, model: nn.Module, output: Callable[[Any], Tensor] | None, wanted: Callable[[], bool]) -> None:
+        self._model, self._output, self._wanted = model, output, wanted
+        self._state: RandomState | None = None
+        self._passes: list[Pass] = []
+        self._handles = [
+            model.register_forward_pre_hook(self._before),
+            model.register_forward_hook(self._after, with_kwargs=True),
+        ]
+
+    def passes(self) -> list[Pass]:
+        """Return the forward passes that a backward pass has reached, oldest first."""
+        return [p for p in self._passes if p.reached]
+
+    def forget(self) -> None:
+        """Drop those passes; what was run forward, and not yet backward, stays."""
+        self._passes = [p for p in self._passes if not p.reached]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._passes = []
+
+    def _idle(self) -> bool:
+        return torch.compiler.is_compiling() or is_own_run() or not torch.is_grad_enabled() or not self._wanted()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._state = None if self._idle() else random_state(module)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if self._state is None or self._idle():
+            return
+        seen = Pass(_detached(Call(args, kwargs)), self._state)
+        self._state = None
+        natural = out if self._output is None else self._output(out)
+        leaves = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad and t is not natural]
+        if isinstance(natural, Tensor) and natural.requires_grad:
+            natural.register_hook(seen.take)  # type: ignore[no-untyped-call]
+            seen.outputs = natural.detach()
+        for leaf in leaves:
+            leaf.register_hook(seen.touch)  # type: ignore[no-untyped-call]
+        self._passes.append(seen)
+
+
+def _detached(call: Call) -> Call:
+    """Return a call without the caller's autograd graph."""
+    detached: Call = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, call)
+    return detached
+
+
+def join(passes: Sequence[Pass]) -> Pass:
+    """Return several passes as one of a larger batch; where their shapes forbid that, the last of them.
+
+    Args:
+        passes: At least one.
+
+    Returns:
+        A pass whose tensors with a first dimension of examples are those of all passes, one after the other.
+    """
+    last = passes[-1]
+    flat: list[tuple[list[Any], Any]] = [pytree.tree_flatten(p.call) for p in passes]
+    counts = [None if p.outputs is None or p.outputs.ndim == 0 else len(p.outputs) for p in passes]
+    if len(passes) == 1 or None in counts or any(structure != flat[-1][1] for _, structure in flat):
+        return last
+    leaves = []
+    for column in zip(*(leaves for leaves, _ in flat), strict=True):
+        if all(isinstance(x, Tensor) and x.ndim and len(x) == n for x, n in zip(column, counts, strict=True)):
+            if any(x.shape[1:] != column[0].shape[1:] for x in column):
+                return last
+            leaves.append(torch.cat(column))
+        else:
+            leaves.append(column[-1])
+    whole = Pass(pytree.tree_unflatten(leaves, flat[-1][1]), last.state)
+    cotangents = [p.cotangent for p in passes if p.cotangent is not None]
+    if len(cotangents) == len(passes):
+        whole.cotangent = torch.cat(cotangents)
+    whole.reached = True
+    return whole
