@@ -58,9 +58,9 @@ def check_loss(
             "must be finite and not zero; pass outputs of an untrained model, and a loss that depends on them"
         )
     tolerance = min(100 * torch.finfo(ours.dtype).eps ** 0.75, _MOST_TOLERANCE)
-    cosine = float((ours * theirs).sum() / (size * other))
-    factor = float(other / size) * math.copysign(1.0, cosine)
-    if abs(cosine) < 1 - tolerance:
+    factor = float((ours * theirs).sum() / size.square())
+    if float(torch.linalg.vector_norm(theirs - factor * ours) / other) > tolerance:
+        cosine = factor * float(size / other)
         raise ValueError(
             f"the gradient of the loss is not that of {likelihood!r}, nor a multiple of it (cosine {cosine:.3f}), and "
             "must be; pass the likelihood that the loss is the negative logarithm of: Gaussian for squared errors, "

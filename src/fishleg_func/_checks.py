@@ -138,6 +138,16 @@ def class_weights(weight: Any) -> None:
         )
 
 
+def one_hot(targets: Tensor) -> None:
+    """Raise ValueError unless each row of ``targets`` has one one and else zeros."""
+    if not bool((((targets == 0) | (targets == 1)).all(-1) & (targets.sum(-1) == 1)).all()):
+        raise ValueError(
+            f"targets in [{targets.min().item():g}, {targets.max().item():g}] of shape {tuple(targets.shape)}, that of "
+            "the outputs, must be one-hot: rows of zeros and one 1; the order is nll(outputs, targets), and mixed "
+            "labels have no likelihood here"
+        )
+
+
 def tensor_output(outputs: Any) -> None:
     """Raise TypeError unless the model's output is one floating tensor."""
     if not isinstance(outputs, Tensor):
