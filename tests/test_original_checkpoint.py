@@ -123,13 +123,13 @@ def test_a_model_that_is_one_layer(layer: nn.Module) -> None:
 
 def test_training_goes_on_from_what_was_loaded() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
-    step = ff.fishlegify(model, q=SCALED, lr=1e-3)
+    step = ff.fishlegify(model, q=SCALED, lr=1e-3, aux_lr=1e-3)
     model.load_state_dict(ff.load_original_checkpoint(step.q, {k: x.float() for k, x in saved(model).items()}))
     loaded = step.q["0"].dense()
     x, y = torch.randn(20, 4), torch.arange(20) % 2
     losses = [float(step(x, y))]
-    learned = step.q["0"].dense()
-    assert 0 < (learned - loaded).norm() < (learned - torch.eye(len(learned))).norm()  # learned on, not begun anew
+    change = (step.q["0"].dense() - loaded).norm() / loaded.norm()
+    assert 0 < change < 0.05  # learned on, not begun anew
     losses += [float(step(x, y)) for _ in range(20)]
     assert losses[-1] < losses[0]
 
