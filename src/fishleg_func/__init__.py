@@ -7,12 +7,15 @@ from .entry import fishlegify
 from .fisher import fisher_vector_product
 from .layers import LayerSpec, register_layer
 from .optimizer import FishLeg
+from .original_checkpoint import load_original_checkpoint
+from .original_likelihoods import FISH_LIKELIHOODS
 from .qmodules import QModule
 from .step import FishLegStep
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FISH_LIKELIHOODS",
     "Accuracy",
     "FishLeg",
     "FishLegStep",
@@ -25,6 +28,7 @@ __all__ = [
     "fisher_vector_product",
     "fishlegify",
     "likelihoods",
+    "load_original_checkpoint",
     "reference",
     "register_layer",
 ]

@@ -123,6 +123,31 @@ def class_labels(outputs: Tensor, targets: Tensor) -> None:
         )
 
 
+def class_weights(weight: Any) -> None:
+    """Raise unless ``weight`` is ``None`` or one number >= 0 per class, not all of them zero."""
+    if weight is None:
+        return
+    if not (isinstance(weight, Tensor) and weight.dtype.is_floating_point):
+        raise TypeError(
+            f"weight={weight!r} must be a floating tensor with one entry per class; use torch.tensor([...])"
+        )
+    if weight.ndim != 1 or not bool(((weight >= 0) & weight.isfinite()).all()) or not bool((weight > 0).any()):
+        raise ValueError(
+            f"weight={weight} of shape {tuple(weight.shape)} must have shape [classes], entries >= 0 and finite, and "
+            "one > 0; give a class that must not count the weight 0"
+        )
+
+
+def one_hot(targets: Tensor) -> None:
+    """Raise ValueError unless each row of ``targets`` has one one and else zeros."""
+    if not bool((((targets == 0) | (targets == 1)).all(-1) & (targets.sum(-1) == 1)).all()):
+        raise ValueError(
+            f"targets in [{targets.min().item():g}, {targets.max().item():g}] of shape {tuple(targets.shape)}, that of "
+            "the outputs, must be one-hot: rows of zeros and one 1; the order is nll(outputs, targets), and mixed "
+            "labels have no likelihood here"
+        )
+
+
 def tensor_output(outputs: Any) -> None:
     """Raise TypeError unless the model's output is one floating tensor."""
     if not isinstance(outputs, Tensor):

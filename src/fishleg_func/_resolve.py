@@ -9,13 +9,18 @@ from torch import Tensor
 
 from .likelihoods import Categorical, Gaussian, Likelihood
 
+_OPTIONAL = (
+    *("fisher", "score", "weight", "masked", "event_dims", "check_shapes", "check_values", "draws"),
+    *("tensors", "learn_", "learn_from_gradient_"),
+)
+
 
 class _Adapted(Likelihood):
     """Give an object with ``nll`` and ``sample`` the default of everything else."""
 
     def __init__(self, wrapped: Any) -> None:
         self._wrapped = wrapped
-        for name in ("fisher", "score", "weight", "masked", "event_dims", "check_shapes", "check_values", "draws"):
+        for name in _OPTIONAL:
             if hasattr(wrapped, name):
                 setattr(self, name, getattr(wrapped, name))
 

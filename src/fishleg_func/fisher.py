@@ -51,8 +51,8 @@ def make_output_fisher(
         output_fisher = likelihood.make_fisher(outputs, noise)
         return lambda t: weight * output_fisher(t)
     if kind == "sampled":
-        z = likelihood.score(outputs, noise)
-        return lambda t: weight * z * likelihood.term_inner(z, t)
+        z = weight.sqrt() * likelihood.score(outputs, noise)
+        return lambda t: z * likelihood.term_inner(z, t)
     weighted: Tensor = torch.func.grad(likelihood.nll)(outputs, targets)  # type: ignore[arg-type]
     return lambda t: weighted * likelihood.term_inner(weighted, t) / torch.where(weight > 0, weight, 1)
 
