@@ -212,6 +212,16 @@ class Batch:
         g = self._packing.gradients(self._pulled)
         return loss, g, checksum(g)
 
+    def learn_likelihood_(self, rate: Tensor, ok: Tensor | None) -> None:
+        """Let the likelihood learn its own parameters, from the outputs and targets of this batch.
+
+        Args:
+            rate: η, 0-d.
+            ok: In compiled code, whether to change anything.
+        """
+        if self._targets is not None:
+            self.likelihood.learn_(self._lin.outputs, self._targets, rate, ok)
+
     def probe(self, q: Mapping[str, QModule]) -> dict[str, Packed]:
         """Return the gradient as a probe for λ, in long layers estimated from some of its rows."""
         _, g, _ = self.gradient()

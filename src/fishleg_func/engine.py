@@ -71,6 +71,10 @@ class Engine:
         r"""γ, 0-d: Q learns :math:`(F + \gamma I)^{-1}`. Before the first batch its relative part is a guess."""
         return self._curvature.dampings()[0]
 
+    def likelihood_tensors(self) -> dict[str, Tensor]:
+        """Return what the likelihood learns of its own, by name."""
+        return {} if self.likelihood is None else self.likelihood.tensors()
+
     @property
     def due(self) -> bool:
         """Whether the next step updates Q."""
@@ -277,8 +281,9 @@ class Engine:
         hyper = {f"hyper.{k}": t for k, t in vars(self.hyper).items()}
         direction = {f"direction.{k}": p for k, p in self._direction.items()}
         momentum = {f"momentum.{k}": m for k, m in self._momentum.items()}
+        likelihood = {f"likelihood.{k}": t for k, t in self.likelihood_tensors().items()}
         rest = {"noise": self._noise.counter, "skipped": self.skipped}
-        return {**hyper, **self._curvature.tensors(), **direction, **momentum, **rest}
+        return {**hyper, **self._curvature.tensors(), **direction, **momentum, **likelihood, **rest}
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:

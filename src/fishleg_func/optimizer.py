@@ -126,11 +126,7 @@ class FishLeg(torch.optim.Optimizer):
 
     def _watching(self) -> bool:
         """Tell whether the next step needs what passes through the model."""
-        return (self._feed is None and self.fishleg.due) or bool(self._likelihood_tensors())
-
-    def _likelihood_tensors(self) -> dict[str, Tensor]:
-        likelihood = self.fishleg.likelihood
-        return {} if likelihood is None else likelihood.tensors()
+        return (self._feed is None and self.fishleg.due) or bool(self.fishleg.likelihood_tensors())
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -217,10 +213,15 @@ class FishLeg(torch.optim.Optimizer):
     def _learn(self) -> None:
         """Let the likelihood learn its own parameters."""
         likelihood, passes = self.fishleg.likelihood, self._watch.passes()
-        if likelihood is not None and likelihood.tensors():
+        if likelihood is not None and self.fishleg.likelihood_tensors():
             outputs = passes[-1].outputs if passes else None
             if outputs is not None:
                 likelihood.learn_from_gradient_(outputs, self.fishleg.hyper.lr)
+
+    @property
+    def whole_batches(self) -> bool:
+        """Whether Q learns from whole batches, not from their first examples."""
+        return self._options.get("aux_batch_size") is None
 
     def batch(self) -> Batch:
         """Run the model on the batch that Q is to learn from.
@@ -255,7 +256,7 @@ class FishLeg(torch.optim.Optimizer):
             set_to_none: Whether to set them to ``None`` instead of to zero.
         """
         super().zero_grad(set_to_none)
-        for tensor in self._likelihood_tensors().values():
+        for tensor in self.fishleg.likelihood_tensors().values():
             tensor.grad = None
         self._watch.forget()
 
@@ -378,7 +379,7 @@ class _Source:
     def probe(self, q: Mapping[str, QModule]) -> Mapping[str, Packed]:
         """Return the gradient of that batch, of fewer rows where that is cheaper; else the one that was left."""
         batch = self.batch()
-        if batch.has_gradient:
+        if batch.has_gradient and self._optimizer.whole_batches:
             return batch.probe(q)
         return {k: self._g[k] if k in self._g else next(q[k].parameters()).new_zeros(q[k].shape) for k in q}
 

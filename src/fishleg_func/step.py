@@ -84,6 +84,7 @@ class FishLegStep(Engine):
         self._runner.settle(batch)
         whole = self._options.aux_batch_size is None
         ok = self._advance(batch, lambda: batch if whole else self.run(inputs, targets), due, ok)
+        batch.learn_likelihood_(self.hyper.lr, ok)
         for name, buffer in self.model.named_buffers():
             assign_(buffer, batch.buffers[name], ok)
         return loss
