@@ -12,7 +12,7 @@ MAX_LINES = 400
 FOLDERS = ("src", "tests", "examples")
 
 LAYERS = (  # a module imports from its own layer, without cycles, and from those before it
-    {"_types", "_opaque", "_trees", "_checks", "_noise", "_linalg", "_sides", "schedule"},
+    {"_types", "_opaque", "_trees", "_checks", "_noise", "_linalg", "_sides", "schedule", "checkpoints", "_recompute"},
     {
         "_likelihood",
         "_elementwise",

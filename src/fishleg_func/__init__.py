@@ -2,6 +2,7 @@
 
 from . import families, likelihoods, reference
 from ._types import Accuracy, Hyper, LowRank
+from .checkpoints import save_checkpoint
 from .diagnostics import Report
 from .entry import fishlegify
 from .fisher import fisher_vector_product
@@ -31,4 +32,5 @@ __all__ = [
     "load_original_checkpoint",
     "reference",
     "register_layer",
+    "save_checkpoint",
 ]

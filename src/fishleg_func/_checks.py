@@ -206,11 +206,18 @@ def tangent(v: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
         )
 
 
+def _same_kind(own: Any, given: Any) -> bool:
+    """Tell whether both are tensors, or both integers; formats that know tensors only keep these as 0-d ones."""
+    if isinstance(own, Tensor):
+        return isinstance(given, Tensor)
+    whole = isinstance(given, Tensor) and given.ndim == 0 and not given.is_floating_point()
+    return whole or isinstance(given, int)
+
+
 def same_state(own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise ValueError unless two states have the same names and shapes."""
     missing, unknown = sorted(set(own) - set(given)), sorted(set(given) - set(own))
-    wrong_kind = [k for k in own if k in given and isinstance(own[k], Tensor) != isinstance(given[k], Tensor)]
-    wrong_kind += [k for k in own if isinstance(own[k], int) and k in given and not isinstance(given[k], int)]
+    wrong_kind = [k for k in own if k in given and not _same_kind(own[k], given[k])]
     if wrong_kind:
         raise ValueError(f"the state has entries {wrong_kind} that are not what they must be: tensors, or integers")
     both = [k for k in own if k in given and isinstance(own[k], Tensor)]

@@ -181,7 +181,7 @@ class Batch:
         self._loss_and_gradient: tuple[Tensor, dict[str, Packed], Tensor] | None = None
         self._pulled: Any = None  # what the gradient was packed from
         self.likelihood = runner.likelihood_for(lin.outputs, targets)
-        self._cotangent = cotangent
+        self._cotangent = None if cotangent is None else cotangent.to(lin.outputs)  # from autocast, a lower dtype
 
     def _weight(self) -> Tensor:
         """Return each term's weight; without targets, a term at which the loss has no gradient is a masked one."""

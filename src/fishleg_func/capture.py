@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import _checks
+from ._recompute import without_recomputation
 from ._types import Call, Inputs, Linearization, Params, Slot
 
 Slots = dict[str, list[Slot]]
@@ -218,7 +219,8 @@ def _own_run() -> Iterator[None]:
         return
     outer, _running[0] = _running[0], True
     try:
-        yield
+        with without_recomputation():
+            yield
     finally:
         _running[0] = outer
 

@@ -158,9 +158,11 @@ class FishLeg(torch.optim.Optimizer):
         if g:
             self._begin()
             source = _Source(self, g)
-            self.fishleg.advance(source, source.batch)
+            with torch.autocast(self._first.device.type, enabled=False):
+                self.fishleg.advance(source, source.batch)
             self._learn()
-            self._settle()
+            if self._feed is not None:
+                self._feed.used()
         self._watch.forget()
         return loss
 
@@ -203,12 +205,6 @@ class FishLeg(torch.optim.Optimizer):
         for _ in range(self._start.updates):
             self.fishleg.update_aux(*self._feed.next())
             self._feed.used()
-
-    def _settle(self) -> None:
-        """After a step, go on to the next batch for Q, and show the state."""
-        if self._feed is not None:
-            self._feed.used()
-        self._expose()
 
     def _learn(self) -> None:
         """Let the likelihood learn its own parameters."""
@@ -297,9 +293,12 @@ class FishLeg(torch.optim.Optimizer):
         self.fishleg.remove()
 
     def _expose(self) -> None:
-        """Show the state where torch keeps it, at the first parameter: the tensors themselves, and counters."""
+        """Show the state where torch keeps it: all at the first parameter, as blocks are no parameters."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"step": self.fishleg.steps}  # distributed checkpoints want an entry for each
         position = {} if self._feed is None else {"aux_position": self._feed.position}
-        self.state[self._first] = {**self.fishleg.live_state(), **position}
+        self.state[self._first] |= {**self.fishleg.live_state(), **position}
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything: λ, bases, momentum, counters, random numbers, the position in ``aux_loader``; groups.
@@ -324,7 +323,8 @@ class FishLeg(torch.optim.Optimizer):
         Raises:
             ValueError: If it does not fit; nothing is changed.
         """
-        found = [dict(of) for of in state_dict["state"].values() if of]
+        found = [{k: v for k, v in of.items() if k != "step"} for of in state_dict["state"].values()]
+        found = [of for of in found if of]
         if len(found) != 1:
             raise ValueError(
                 f"the state has {len(found)} entries and must have 1; it must come from FishLeg.state_dict"

@@ -1,0 +1,217 @@
+"""What torch asks of an optimizer: groups, schedulers, parameters without gradients, and errors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import randn
+from loops import MODELS, assert_same_state, built, labels, optimizer_of, parameters, train
+from torch import Tensor, nn
+
+import fishleg_func as ff
+from fishleg_func.likelihoods import Categorical
+
+
+def test_groups_have_their_own_rate_decay_and_damping() -> None:
+    model = built("mlp")
+    first, last = list(model[0].parameters()), list(model[2].parameters())  # type: ignore[index]
+    optimizer = optimizer_of(
+        model, params=[{"params": first, "lr": 0.0, "weight_decay": 0.5}, {"params": last, "lr": 0.1, "damping": 2.0}]
+    )
+    before = [p.detach().clone() for p in (*first, *last)]
+    train(optimizer, model, "mlp", range(1))
+    assert all(torch.equal(p, b) for p, b in zip(first, before[:2], strict=True))
+    moved = torch.cat([last[0] - before[2], (last[1] - before[3])[:, None]], -1)
+    assert torch.allclose(moved.norm(), torch.tensor(0.1 * 3**0.5).double())  # lr times the norm of the layer
+    damping = optimizer.fishleg._curvature.damping()
+    assert damping["2"].item() == 2.0 and damping["0"].item() not in {0.0, 2.0}
+    optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = 0.1, 0.0
+    second, other = [p.detach().clone() for p in first], [p.detach().clone() for p in last]
+    train(optimizer, model, "mlp", range(1, 2))
+    assert not torch.equal(first[0], second[0]) and all(torch.equal(p, b) for p, b in zip(last, other, strict=True))
+
+
+def test_one_layer_may_be_in_two_groups_with_one_damping() -> None:
+    model, same = built("mlp"), built("mlp")
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    biases = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": weights, "weight_decay": 0.2}, {"params": biases}]
+    optimizer = optimizer_of(model, params=groups)
+    plain = optimizer_of(same)
+    for opt, m in ((optimizer, model), (plain, same)):
+        train(opt, m, "mlp", range(1))
+    start = built("mlp")
+    for name, p in model.named_parameters():
+        decayed = p + 0.03 * 0.2 * start.get_parameter(name) * (p.ndim > 1)
+        assert torch.allclose(decayed, same.get_parameter(name))
+    with pytest.raises(ValueError, match=r"different damping.*must share them"):
+        ff.FishLeg(
+            (again := built("mlp")), Categorical(),
+            params=[{"params": [p for p in again.parameters() if p.ndim > 1], "damping": 1.0},
+                    {"params": [p for p in again.parameters() if p.ndim == 1]}],
+        )  # fmt: skip
+
+
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "onecycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.05, total_steps=12),
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 12),
+    "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: t / 12),
+    "sequential": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=4), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)],
+        [4],
+    ),
+    "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=1, factor=0.5),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_schedulers_of_torch_set_the_rate(scheduler: str) -> None:
+    model = built("mlp")
+    optimizer = optimizer_of(model)
+    schedule = SCHEDULERS[scheduler](optimizer)
+    rates = []
+    for i in range(11):
+        before = parameters(model[2])  # type: ignore[index]
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        loss = train(optimizer, model, "mlp", range(i, i + 1))[0]
+        schedule.step(1.0) if scheduler == "plateau" else schedule.step()
+        step = (parameters(model[2]) - before).norm()  # type: ignore[index]
+        assert torch.allclose(step, torch.tensor(rates[-1] * 3**0.5).double(), atol=1e-9), (i, loss)
+    assert len(set(rates)) > 2
+    if scheduler == "onecycle":
+        assert optimizer.fishleg.hyper.beta.item() == pytest.approx(optimizer.param_groups[0]["betas"][0], abs=0.03)
+
+
+def test_maximize_climbs() -> None:
+    up, down = built("mlp"), built("mlp")
+    a, b = optimizer_of(up, maximize=True), optimizer_of(down)
+    x, y = MODELS["mlp"][1](0)
+    (-Categorical().nll(up(x), y)).backward()
+    Categorical().nll(down(x), y).backward()
+    a.step()
+    b.step()
+    assert torch.equal(parameters(up), parameters(down))
+
+
+def test_parameters_without_gradient_stay_and_keep_their_momentum() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, which: str) -> Tensor:
+            out: Tensor = getattr(self, which)(x)
+            return out
+
+    torch.manual_seed(0)
+    model = Branches().double()
+    optimizer = optimizer_of(model)
+    for i in range(25):
+        which = "a" if i % 2 else "b"
+        other = getattr(model, "b" if i % 2 else "a")
+        before, m = parameters(other), optimizer.fishleg._momentum["b" if i % 2 else "a"].clone()
+        optimizer.zero_grad()
+        Categorical().nll(model(randn(12, 4, seed=i), which), labels(12, seed=i)).backward()
+        optimizer.step()
+        assert torch.equal(before, parameters(other))
+        assert torch.equal(m, optimizer.fishleg._momentum["b" if i % 2 else "a"])
+        p = optimizer.fishleg._averages
+        for k in p.m:  # p = Q m stays true
+            assert torch.allclose(p.p[k], optimizer.fishleg.q[k](p.m[k]), atol=1e-10)
+
+
+def test_a_group_that_is_added_later_trains_and_keeps_what_was_learned() -> None:
+    model = built("mlp")
+    optimizer = optimizer_of(model, params=model[2].parameters())  # type: ignore[index]
+    train(optimizer, model, "mlp", range(12))
+    first, learned = parameters(model[0]), optimizer.fishleg.q["2"].L.clone()  # type: ignore[index]
+    optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.01})  # type: ignore[index]
+    assert torch.equal(optimizer.fishleg.q["2"].L, learned) and not torch.equal(learned, torch.eye(7).double())
+    assert torch.equal(first, parameters(model[0]))  # type: ignore[index]
+    losses = train(optimizer, model, "mlp", range(12, 24))
+    assert not torch.equal(first, parameters(model[0])) and all(x < 10 for x in losses)  # type: ignore[index]
+    assert len(model._forward_hooks) == 1 and len(model[0]._forward_hooks) == 1  # type: ignore[index]
+    with pytest.raises(ValueError, match="must be one of the model's"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert len(optimizer.param_groups) == 2
+    train(optimizer, model, "mlp", range(24, 26))
+
+
+def bad_calls() -> dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]]:
+    return {
+        "no likelihood": (lambda m: ff.FishLeg(m), TypeError, "likelihood=None must be given"),
+        "unknown": (lambda m: ff.FishLeg(m, Categorical(), momentums=1), TypeError, "momentums"),
+        "strange": (lambda m: ff.FishLeg(m, Categorical(), params=[nn.Parameter(torch.ones(1))]), ValueError, "model"),
+        "lr": (lambda m: ff.FishLeg(m, Categorical(), lr=-1.0), ValueError, "lr=-1.0 must be >= 0"),
+        "beta": (lambda m: ff.FishLeg(m, Categorical(), beta=1.0), ValueError, "beta=1.0"),
+        "damping": (lambda m: ff.FishLeg(m, Categorical(), damping=0.0), ValueError, "damping=0.0"),
+        "both": (lambda m: ff.FishLeg(m, Categorical(), params=m.parameters(), include="0"), TypeError, "together"),
+        "renamed": (lambda m: ff.FishLeg(m, Categorical(), u_sampling="gaussian"), TypeError, r"u_sampling \(use u\)"),
+        "empirical": (lambda m: ff.FishLeg(m, Categorical(), fisher="empirical"), ValueError, "aux_loader="),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", bad_calls())
+def test_bad_calls_are_refused_and_leave_no_hook(case: str) -> None:
+    call, error, words = bad_calls()[case]
+    model = built("mlp")
+    with pytest.raises(error, match=words):
+        call(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("taken", [0, 3])
+def test_a_gradient_that_is_not_finite_is_refused_before_anything_is_changed(taken: int) -> None:
+    model = built("cnn")
+    optimizer = optimizer_of(model, update_aux_every=2)
+    train(optimizer, model, "cnn", range(taken))
+    x, y = MODELS["cnn"][1](9)
+    optimizer.zero_grad()
+    Categorical().nll(model(x), y).backward()
+    next(iter(model.parameters())).grad.fill_(float("nan"))  # type: ignore[union-attr]
+    before, state, stream = parameters(model), optimizer.fishleg.state_dict(), torch.get_rng_state()
+    with pytest.raises(FloatingPointError, match="nothing was changed"):
+        optimizer.step()
+    assert torch.equal(before, parameters(model)) and torch.equal(stream, torch.get_rng_state())
+    assert_same_state(state, optimizer.fishleg.state_dict())
+    train(optimizer, model, "cnn", range(taken, taken + 3))
+
+
+def test_a_loop_that_does_not_call_the_model_is_told_so() -> None:
+    model = built("mlp")
+    optimizer = optimizer_of(model)
+    Categorical().nll(model[2](model[0](randn(12, 4)).tanh()), labels(12)).backward()  # type: ignore[index]
+    with pytest.raises(RuntimeError, match="no forward pass of the model"):
+        optimizer.step()
+
+
+def test_sparse_gradients_are_refused() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 3))
+    optimizer = optimizer_of(model)
+    Categorical().nll(model(labels(4, 2)), labels(4)).backward()
+    p = model[0].weight
+    p.grad = None
+    p.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 3), (5, 3))
+    with pytest.raises(ValueError, match=r"\['0.weight'\] must be dense"):
+        optimizer.step()
+
+
+def test_removing_takes_all_hooks_off() -> None:
+    model = built("mlp")
+    optimizer = optimizer_of(model)
+    optimizer.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    Categorical().nll(model(randn(12, 4)), labels(12)).backward()
+    with pytest.raises(RuntimeError, match="removed"):
+        optimizer.step()
+
+
+def test_copies_are_refused() -> None:
+    optimizer = optimizer_of(built("mlp"))
+    with pytest.raises(TypeError, match="load_state_dict"):
+        copy.deepcopy(optimizer)
