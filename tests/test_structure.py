@@ -13,19 +13,8 @@ FOLDERS = ("src", "tests", "examples")
 
 LAYERS = (  # a module imports from its own layer, without cycles, and from those before it
     {"_types", "_opaque", "_trees", "_checks", "_noise", "_linalg", "_sides", "schedule", "checkpoints", "_recompute"},
-    {
-        "_likelihood",
-        "_elementwise",
-        "_categorical",
-        "_agreement",
-        "likelihoods",
-        "_resolve",
-        "original_likelihoods",
-        "qmodules",
-        "kronecker",
-        "bases",
-        "families",
-    },
+    {"_likelihood", "_elementwise", "_categorical", "_agreement", "likelihoods", "original_likelihoods", "_resolve"},
+    {"qmodules", "kronecker", "bases", "families"},
     {"layers", "capture", "blocks", "fisher"},
     {"auxiliary", "transform"},
     {"diagnostics", "batch"},

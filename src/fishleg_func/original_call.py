@@ -13,21 +13,40 @@ from ._resolve import as_likelihood
 from .likelihoods import Likelihood
 
 _DEFAULTS = {"lr": 5e-2, "weight_decay": 1e-5, "damping": 0.5, "aux_lr": 1e-4}  # the original's
-_METHOD = {"aux_rule": "adam", "momentum": "after", "step_norm": None, "q": "kronecker"}  # what it does
+_METHOD = {
+    "aux_rule": "adam",
+    "precondition_aux": True,
+    "momentum": "after",
+    "step_norm": None,
+    "q": {"*": "scaled_kronecker"},
+}  # what it does
 _OWN = ("eps", "pre_aux_training", "sgd_lr", "device", "draw")  # arguments that only the original has
 _MOVED = {
     "fish_lr": "lr",
     "aux_dataloader": "aux_loader",
     "u_sampling": "u",
-    "method": "fisher ('sampled' for 'rank-1', or 'antithetic')",
-    "method_kwargs": "nothing: Fisher products have no settings",
+    "method": "fisher",
+    "method_kwargs": "nothing in its place",
     "module_names": "include",
-    "warmup_steps": "nothing: Q is warmed up in the first steps by itself",
-    "normalize_aux": "nothing: the probe is always normalized",
-    "writer": "the values of fishleg.accuracy and fishleg.update_aux, written by your own logger",
-    "aux_log": "the values of fishleg.accuracy and fishleg.update_aux, written by your own logger",
-    "batch_speedup": "nothing",
+    "skip_names": "exclude",
     "scale": "sgd_lr",
+    "fish_scale": "sgd_lr",
+    "init_scale": "sgd_lr",
+    "warmup": "nothing in its place",
+    "warmup_steps": "nothing in its place",
+    "warmup_data": "nothing in its place",
+    "warmup_loss": "nothing in its place",
+    "normalization": "nothing in its place",
+    "normalize_aux": "nothing in its place",
+    "num_steps": "nothing in its place",
+    "batch_speedup": "nothing in its place",
+    "full": "q",
+    "config": "nothing in its place",
+    "fine_tune": "update_aux_every=0",
+    "initialization": "nothing in its place",
+    "writer": "what fishleg.update_aux and fishleg.accuracy return",
+    "aux_log": "what fishleg.update_aux and fishleg.accuracy return",
+    "verbose": "report()",
 }
 
 
@@ -98,12 +117,14 @@ def translate(
     """
     moved = [f"{name} (use {_MOVED[name]})" for name in options if name in _MOVED]
     if moved:
-        raise TypeError(f"arguments of the original that were renamed or dropped: {', '.join(moved)}")
+        raise TypeError(f"arguments of the original were renamed or dropped: {', '.join(moved)}; see docs/migration.md")
     options = dict(options)
     own = {name: options.pop(name) for name in _OWN if name in options}
     if nll is None and not own:
         return None if likelihood is None else as_likelihood(likelihood), aux_loader, options, None
     draw = own.get("draw", likelihood)
+    if hasattr(nll, "nll") and hasattr(draw, "__iter__") and aux_loader is None:  # (model, aux_loader, likelihood)
+        draw, nll, aux_loader = nll, None, draw
     if not callable(nll) and nll is not None and aux_loader is None:  # (model, likelihood, aux_loader)
         nll, aux_loader = None, nll
     if hasattr(aux_loader, "nll") or (nll is None and not hasattr(draw, "nll")) or aux_loader is None:
