@@ -28,7 +28,7 @@ LAYERS = (  # a module imports from its own layer, without cycles, and from thos
     },
     {"layers", "capture", "blocks", "fisher"},
     {"auxiliary", "transform"},
-    {"diagnostics", "batch"},
+    {"diagnostics", "batch", "operators", "conjugate", "inverse", "fisher_operator"},
     {"curvature"},
     {"momentum"},
     {"engine"},

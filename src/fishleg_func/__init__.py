@@ -2,9 +2,12 @@
 
 from . import families, likelihoods, reference
 from ._types import Accuracy, Hyper, LowRank
+from .conjugate import Solution
 from .diagnostics import Report
 from .entry import fishlegify
 from .fisher import fisher_vector_product
+from .fisher_operator import FisherOperator
+from .inverse import Fit, InverseFisher
 from .layers import LayerSpec, register_layer
 from .optimizer import FishLeg
 from .original_checkpoint import load_original_checkpoint
@@ -19,11 +22,15 @@ __all__ = [
     "Accuracy",
     "FishLeg",
     "FishLegStep",
+    "FisherOperator",
+    "Fit",
     "Hyper",
+    "InverseFisher",
     "LayerSpec",
     "LowRank",
     "QModule",
     "Report",
+    "Solution",
     "families",
     "fisher_vector_product",
     "fishlegify",

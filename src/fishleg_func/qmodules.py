@@ -183,6 +183,11 @@ class QModule(nn.Module, ABC):
         basis = torch.eye(size, dtype=like.dtype, device=like.device).view(size, *self.shape)
         return dense(self.forward(basis)).reshape(size, size).mT
 
+    def logdet(self) -> Tensor:
+        """Return the logarithm of the determinant of Q, a 0-d tensor: by default from the matrix, for small shapes."""
+        logdet: Tensor = torch.linalg.slogdet(self.dense()).logabsdet
+        return logdet
+
     def retract_(self, operator: Roots, gradients: Gradients, rate: Tensor, ok: Tensor | None = None) -> Carry | None:
         r"""Step λ along relative gradients: :math:`L \leftarrow L(I - \eta G_L / \max(1, \|G_L\|_F))`, R and s alike.
 
@@ -349,6 +354,10 @@ class Dense(QModule):
 
     def diagonal(self) -> Tensor:
         return self.L.square().sum(-1).view(self.shape)
+
+    def logdet(self) -> Tensor:
+        logdet: Tensor = 2 * torch.linalg.slogdet(self.L).logabsdet.sum()
+        return logdet
 
 
 def statistics_weight(count: Tensor, dtype: torch.dtype) -> Tensor:
