@@ -36,6 +36,7 @@ LAYERS = (  # a module imports from its own layer, without cycles, and from thos
     {"entry", "original_checkpoint"},
     {"feed", "watch", "original_call"},
     {"optimizer"},
+    {"estimate"},
     {"__init__"},
 )
 ORACLE = ({"_oracles"}, {"_oracle_step"}, {"reference"})  # the oracle shares no code with what it checks

@@ -5,6 +5,7 @@ from ._types import Accuracy, Hyper, LowRank
 from .conjugate import Solution
 from .diagnostics import Report
 from .entry import fishlegify
+from .estimate import estimate_inverse_fisher
 from .fisher import fisher_vector_product
 from .fisher_operator import FisherOperator
 from .inverse import Fit, InverseFisher
@@ -31,6 +32,7 @@ __all__ = [
     "QModule",
     "Report",
     "Solution",
+    "estimate_inverse_fisher",
     "families",
     "fisher_vector_product",
     "fishlegify",
