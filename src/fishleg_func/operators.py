@@ -166,7 +166,7 @@ class Operator(ABC):
         from scipy.sparse.linalg import LinearOperator  # type: ignore[import-untyped,unused-ignore]
 
         def multiply(x: Any) -> Any:
-            product: Tensor = self @ torch.tensor(x, dtype=self.dtype, device=self.device)
+            product: Tensor = self @ torch.tensor(x.copy(), dtype=self.dtype, device=self.device)
             return product.cpu().numpy()
 
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
