@@ -131,7 +131,8 @@ class FisherOperator(Operator):
                 return linearize(self._model, inputs, self._params, self._output)
 
         def product_of(lin: Linearization) -> Product:
-            output_fisher = make_output_fisher(self._kind, self._likelihood, lin.outputs, targets, noise)
+            weight = self._likelihood.weight(lin.outputs, targets)
+            output_fisher = make_output_fisher(self._kind, self._likelihood, lin.outputs, weight, targets, noise)
             return lambda v: lin.pullback(output_fisher(lin.pushforward(v)))
 
         lin = linearized()
