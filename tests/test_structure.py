@@ -17,7 +17,7 @@ LAYERS = (  # a module imports from its own layer, without cycles, and from thos
     {"qmodules", "kronecker", "bases", "families"},
     {"layers", "capture", "blocks", "fisher"},
     {"auxiliary", "transform"},
-    {"diagnostics", "batch"},
+    {"diagnostics", "batch", "operators", "conjugate", "inverse", "fisher_operator"},
     {"curvature"},
     {"momentum"},
     {"engine"},
@@ -25,6 +25,7 @@ LAYERS = (  # a module imports from its own layer, without cycles, and from thos
     {"entry", "original_checkpoint"},
     {"feed", "watch", "original_call"},
     {"optimizer"},
+    {"estimate"},
     {"__init__"},
 )
 ORACLE = ({"_oracles"}, {"_oracle_step"}, {"reference"})  # the oracle shares no code with what it checks

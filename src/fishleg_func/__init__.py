@@ -3,9 +3,13 @@
 from . import families, likelihoods, reference
 from ._types import Accuracy, Hyper, LowRank
 from .checkpoints import save_checkpoint
+from .conjugate import Solution
 from .diagnostics import Report
 from .entry import fishlegify
+from .estimate import estimate_inverse_fisher
 from .fisher import fisher_vector_product
+from .fisher_operator import FisherOperator
+from .inverse import Fit, InverseFisher
 from .layers import LayerSpec, register_layer
 from .optimizer import FishLeg
 from .original_checkpoint import load_original_checkpoint
@@ -20,11 +24,16 @@ __all__ = [
     "Accuracy",
     "FishLeg",
     "FishLegStep",
+    "FisherOperator",
+    "Fit",
     "Hyper",
+    "InverseFisher",
     "LayerSpec",
     "LowRank",
     "QModule",
     "Report",
+    "Solution",
+    "estimate_inverse_fisher",
     "families",
     "fisher_vector_product",
     "fishlegify",

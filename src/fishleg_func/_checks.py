@@ -214,6 +214,48 @@ def _same_kind(own: Any, given: Any) -> bool:
     return whole or isinstance(given, int)
 
 
+def direction(v: Mapping[str, Any], shapes: Mapping[str, torch.Size], where: torch.device) -> None:
+    """Raise unless ``v`` has a floating tensor for every parameter, of its shape, and no other."""
+    missing, unknown = sorted(set(shapes) - set(v)), sorted(set(v) - set(shapes))
+    for name in shapes.keys() & v.keys():
+        kind(f"v[{name!r}]", v[name], Tensor, "a tensor")
+    wrong = [f"{k}: {tuple(v[k].shape)} instead of {tuple(s)}" for k, s in shapes.items() if k in v and v[k].shape != s]
+    if missing or unknown or wrong:
+        raise ValueError(
+            f"v lacks {missing}, has unknown {unknown} and wrong shapes {wrong}; it must have one tensor shaped like "
+            "each parameter of the operator, see its attribute shapes"
+        )
+    for name, tensor in v.items():
+        _floating(f"v[{name!r}]", tensor)
+    same_device(where, [(f"v[{name!r}]", tensor) for name, tensor in v.items()])
+
+
+def flat(v: Tensor, size: int, where: torch.device, *, columns: bool = True) -> None:
+    """Raise unless ``v`` is a floating tensor ``[size]`` or, with ``columns``, ``[size, k]``."""
+    if v.ndim not in ((1, 2) if columns else (1,)) or len(v) != size:
+        allowed = f"({size},) or ({size}, k)" if columns else f"({size},)"
+        raise ValueError(f"v of shape {tuple(v.shape)} must be of shape {allowed}, the entries in the order of names")
+    _floating("v", v)
+    same_device(where, [("v", v)])
+
+
+def _floating(name: str, tensor: Tensor) -> None:
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} of dtype {tensor.dtype} must be of a floating dtype; use .to(torch.float32)")
+
+
+def pair(batch: Any) -> tuple[Any, Any]:
+    """Return a batch as ``(inputs, targets)``; raise TypeError unless it is a pair."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise TypeError(
+            f"a batch of type {type(batch).__name__} must be a pair (inputs, targets); several inputs go into a tuple "
+            "or dict, and one batch without targets is [(inputs, None)]"
+        )
+    if batch[1] is not None:
+        targets_given(batch[1])
+    return batch[0], batch[1]
+
+
 def same_state(own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise ValueError unless two states have the same names and shapes."""
     missing, unknown = sorted(set(own) - set(given)), sorted(set(given) - set(own))

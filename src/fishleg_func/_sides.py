@@ -90,6 +90,12 @@ class Side(NamedTuple):
         matrices = self._trimmed(chain)
         return square(matrices) if self.size >= LONG else _square(matrices)
 
+    def logdet(self, chain: Chain) -> Tensor:
+        """Return the logarithm of the determinant of K, summed over blocks and groups: 0-d."""
+        whole = self.blocks * self.size == self.dim
+        pad = 0 if whole else torch.eye(self.size).to(chain[0]) - self._trimmed([torch.eye(self.size).to(chain[0])])[0]
+        return 2 * torch.stack([torch.linalg.slogdet(m + pad).logabsdet.sum() for m in self._trimmed(chain)]).sum()
+
     def _trimmed(self, chain: Chain) -> Chain:
         """Return the matrices without what they have in padded coordinates."""
         padding = self.blocks * self.size - self.dim

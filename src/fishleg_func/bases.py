@@ -152,6 +152,9 @@ class Diagonal(QModule):
     def diagonal(self) -> Tensor:
         return self.roots()[0].square()
 
+    def logdet(self) -> Tensor:
+        return 2 * self.roots()[0].log().sum()
+
     def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
         self._average_({"second": dense(z).square()}, ok)
 
@@ -283,6 +286,9 @@ class Eigen(QModule):
         rotated = self.left.mul(root.square(), C_L.square().mT)
         return self.right.mul(rotated.mT, C_R.square().mT).mT
 
+    def logdet(self) -> Tensor:
+        return 2 * self.roots()[2].log().sum()  # the basis is orthogonal
+
     def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
         self._average_(kronecker_statistics(z, self.left, self.right), ok)
 
@@ -366,6 +372,10 @@ class Embedding(QModule):
     def diagonal(self) -> Tensor:
         K_L, rows = self.operator()
         return rows * self.left.diagonal(K_L.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)
+
+    def logdet(self) -> Tensor:
+        *chain, rows = self.roots()
+        return self.m * self.left.logdet(chain) + 2 * self.n * rows.log().sum()
 
     def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
         z = dense(z)

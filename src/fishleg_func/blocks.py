@@ -32,7 +32,7 @@ class Block:
         family: Name of the Q family.
         shape: Packed shape.
         names: Qualified parameter name by local name.
-        spec: How the layer packs; ``None`` for a parameter of its own.
+        spec: How the layer packs; ``None`` for parameters without a layer, which are laid end to end.
     """
 
     name: str
@@ -44,13 +44,15 @@ class Block:
     def pack(self, tensors: Params) -> Tensor:
         """Pack parameters, or directions in them, given by qualified name."""
         if self.spec is None:
-            return next(tensors[q] for q in self.names.values()).reshape(self.shape)
+            flat = [tensors[q].reshape(-1) for q in self.names.values()]
+            return (flat[0] if len(flat) == 1 else torch.cat(flat)).view(self.shape)
         return self.spec.pack({local: tensors[q] for local, q in self.names.items()})
 
     def unpack(self, u: Tensor, like: Params) -> Params:
         """Undo :meth:`pack`; ``like`` gives the parameters' shapes."""
         if self.spec is None:
-            return {q: u.reshape(like[q].shape) for q in self.names.values()}
+            pieces = torch.split(u.reshape(-1), [like[q].numel() for q in self.names.values()])
+            return {q: piece.view(like[q].shape) for q, piece in zip(self.names.values(), pieces, strict=True)}
         return {self.names[local]: t for local, t in self.spec.unpack(u).items()}
 
     def target_norm(self) -> float:

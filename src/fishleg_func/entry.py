@@ -81,7 +81,9 @@ def fishlegify(
         aux_batch_size: Number of leading examples of a batch that curvature is taken from; ``None`` for all.
         q: Q family of the layers, ``"kfac"``, ``"kronecker"``, ``"scaled_kronecker"``, ``"eigen"``, ``"diagonal"``,
             ``"dense"``, ``"embedding"``, or a callable ``(shape, dtype=, device=) -> QModule``; or a dict from glob
-            patterns on block, module or parameter names to these, the first match winning.
+            patterns on block, module or parameter names to these, the first match winning. ``"joint"`` is one dense
+            matrix over all parameters together, for 4096 at most: the only one that knows how layers depend on
+            each other.
         fisher: Fisher-vector product of the auxiliary loss: ``"exact"``, ``"sampled"``, ``"empirical"`` or
             ``"antithetic"``, see :func:`fisher_vector_product`.
         u: Probe direction: ``"gradient"``, in layers with both sides of 128 and more estimated from 16 evenly spaced

@@ -108,6 +108,10 @@ class Kronecker(QModule):
         diagonal_r = self.right.diagonal(K_R.diagonal(dim1=-2, dim2=-1))
         return diagonal_r.unsqueeze(-1) * diagonal_l.unsqueeze(-2)
 
+    def logdet(self) -> Tensor:
+        left, right = self._chains()
+        return self.m * self.left.logdet(left) + self.n * self.right.logdet(right)
+
 
 def _halves(roots: Roots) -> tuple[Chain, Chain]:
     half = len(roots) // 2
@@ -174,3 +178,6 @@ class ScaledKronecker(Kronecker):
 
     def diagonal(self) -> Tensor:
         return exp_root(self.s).square() * super().diagonal()
+
+    def logdet(self) -> Tensor:
+        return super().logdet() + 2 * exp_root(self.s).log().sum()

@@ -183,6 +183,11 @@ class QModule(nn.Module, ABC):
         basis = torch.eye(size, dtype=like.dtype, device=like.device).view(size, *self.shape)
         return dense(self.forward(basis)).reshape(size, size).mT
 
+    def logdet(self) -> Tensor:
+        """Return the logarithm of the determinant of Q, a 0-d tensor: by default from the matrix, for small shapes."""
+        logdet: Tensor = torch.linalg.slogdet(self.dense()).logabsdet
+        return logdet
+
     def retract_(self, operator: Roots, gradients: Gradients, rate: Tensor, ok: Tensor | None = None) -> Carry | None:
         r"""Step λ along relative gradients: :math:`L \leftarrow L(I - \eta G_L / \max(1, \|G_L\|_F))`, R and s alike.
 
@@ -288,7 +293,7 @@ class QModule(nn.Module, ABC):
 
 
 class Dense(QModule):
-    r"""One full matrix over all entries, for tiny shapes and tests: :math:`Q = L L^\top`.
+    r"""One full matrix over all entries, for small shapes: :math:`Q = L L^\top`.
 
     Parameter: ``L`` ``[P, P]``, starting at the identity, P = m n being the number of entries; a leading
     axis for groups.
@@ -318,7 +323,8 @@ class Dense(QModule):
             raise ValueError(
                 f"family 'dense' needs a {size} x {size} matrix, and must stay <= {self.max_dim}; use 'kfac'"
             )
-        self._parameter("L", self._eye(Side(size, 1, size)))
+        self.side = Side(size, 1, size)
+        self._parameter("L", self._eye(self.side))
 
     def roots(self) -> Roots:
         return (self.L,)
@@ -340,15 +346,22 @@ class Dense(QModule):
         return self._mul(u, operator[0])
 
     def relative(self, operator: Roots, u: Packed, v: Packed, w: Packed) -> Gradients:
-        uz, wz = (dense(self.whiten(self.roots(), x)).flatten(-2) for x in (u, w))
-        half = uz.unsqueeze(-1) * wz.unsqueeze(-2)
-        return {"L": half + half.mT}
+        x, y = (dense(t).flatten(-2).unsqueeze(-2) for t in (u, w))
+        return {"L": self.side.gradient(x, y, (self.L,))}
+
+    def retract_(self, operator: Roots, gradients: Gradients, rate: Tensor, ok: Tensor | None = None) -> Carry | None:
+        self.side.retract_(operator[0], (self.L,), gradients["L"], rate, ok)
+        return None
 
     def flops(self) -> int:
         return 2 * self.L.numel()
 
     def diagonal(self) -> Tensor:
         return self.L.square().sum(-1).view(self.shape)
+
+    def logdet(self) -> Tensor:
+        logdet: Tensor = 2 * torch.linalg.slogdet(self.L).logabsdet.sum()
+        return logdet
 
 
 def statistics_weight(count: Tensor, dtype: torch.dtype) -> Tensor:

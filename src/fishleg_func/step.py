@@ -17,6 +17,7 @@ from .batch import Runner
 from .capture import kept_random_state, restored_on_error, tensors_restored_on_error
 from .curvature import require_finite
 from .engine import Engine
+from .inverse import InverseFisher, covered
 from .schedule import is_refresh
 
 
@@ -193,6 +194,15 @@ class FishLegStep(Engine):
         probes = [{k: noise.normal(p, next(salts)) for k, p in self._direction.items()} for _ in range(n)]
         self._meter.advance_()
         return diagnostics.accuracy(residual, probes)
+
+    def inverse_fisher(self) -> InverseFisher:
+        """Return the present Q as a linear operator over the trained parameters, a snapshot.
+
+        Returns:
+            The operator, which stays as it is while training goes on.
+        """
+        blocks = self._runner.plan.blocks
+        return InverseFisher(blocks, self.q, covered(self.model, blocks), float(self.damping))
 
     def report(self) -> diagnostics.Report:
         """Return what is done with every parameter: Q family, shapes, bytes of state, share of FLOPs; printable.

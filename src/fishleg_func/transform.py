@@ -19,6 +19,9 @@ from .qmodules import QModule
 ROOT = "(root)"
 """Name of the block of a model that is itself a layer."""
 
+JOINT = "joint"
+"""The family of one dense matrix over all parameters together, and the name of its block."""
+
 Family = str | Callable[..., QModule]
 
 
@@ -127,7 +130,8 @@ def make_plan(
 
     Args:
         model: The model; only looked at.
-        q: A family for all layers, or families by glob pattern, the first that matches a block or its parameters.
+        q: A family for all layers, or families by glob pattern, the first that matches a block or its parameters; or
+            ``"joint"``.
         include: Globs of what to train.
         exclude: Globs of what not to train.
 
@@ -139,6 +143,8 @@ def make_plan(
         TypeError: If a callable family does not make Q modules.
     """
     chosen, left_alone = select(model, include, exclude)
+    if q == JOINT:
+        return _joint_plan(chosen, left_alone)
     layered = _layer_blocks(model, chosen)
     covered = {name for block, _ in layered.values() for name in block.names.values()}
     tables = {
@@ -163,6 +169,16 @@ def make_plan(
     return Plan(tuple(blocks), {name: module for name, (_, module) in layered.items()}, modules, left_alone)
 
 
+def _joint_plan(chosen: Mapping[str, nn.Parameter], left_alone: Mapping[str, str]) -> Plan:
+    """Return the plan of one dense Q over all parameters, which knows how layers depend on each other."""
+    if len({(p.dtype, p.device) for p in chosen.values()}) > 1:
+        raise ValueError("q='joint' needs all parameters to be of one dtype and on one device; convert the model")
+    first = next(iter(chosen.values()))
+    shape = (1, sum(p.numel() for p in chosen.values()))
+    block = Block(JOINT, JOINT, shape, {name: name for name in chosen}, None)
+    return Plan((block,), {}, {JOINT: FAMILIES["dense"](shape, dtype=first.dtype, device=first.device)}, left_alone)
+
+
 def _families(
     q: Family | Mapping[str, Family], blocks: Sequence[Block]
 ) -> dict[str, tuple[str, Callable[..., QModule]]]:
@@ -178,7 +194,7 @@ def _families(
         elif block.spec is not None:
             family = q
         if isinstance(family, str):
-            _checks.choice("q", family, FAMILIES)
+            _checks.choice("q", family, FAMILIES if isinstance(q, Mapping) else (*FAMILIES, JOINT))
             chosen[block.name] = (family, FAMILIES[family])
         elif callable(family):
             chosen[block.name] = (getattr(family, "__name__", repr(family)), family)
