@@ -30,6 +30,17 @@ def no_backward_hooks(model: nn.Module) -> None:
         )
 
 
+def differentiable_by_func(error: RuntimeError) -> None:
+    """Raise a RuntimeError with the remedy if ``error`` is torch.func's refusal of something inside of the model."""
+    if "saved tensor hooks" in str(error) or "setup_context" in str(error):
+        raise RuntimeError(
+            "the model uses activation checkpointing, hooks on saved tensors, or a torch.autograd.Function without "
+            "setup_context, none of which torch.func can differentiate, and must not in a step; switch checkpointing "
+            "off, for instance with model.gradient_checkpointing_disable(), or write the Function with setup_context "
+            "and generate_vmap_rule"
+        ) from error
+
+
 Traits = dict[str, tuple[bool, torch.dtype, torch.device]]
 
 
