@@ -105,12 +105,12 @@ def transformers_model(family: str, head: str, **sizes: Any) -> nn.Module:
     return model
 
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 def gpt2() -> Case:
     """GPT-2: Conv1D layers, and an embedding that is tied to the head; keyword inputs, an object out."""
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": TIME, "vocab_size": TOKENS}
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": TIME, "vocab_size": TOKENS}
     sizes |= {"bos_token_id": 0, "eos_token_id": 0}
     model = transformers_model("GPT2", "LMHeadModel", **sizes)
     x, y = sentences()
@@ -233,7 +233,7 @@ CASES: dict[str, Callable[[], Case]] = {
         timm_model("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)), 32
     ),
     "timm vit_tiny": lambda: classifier(
-        timm_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=48, num_heads=3), 32
+        timm_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=48, num_heads=3), 32
     ),
     "transformers GPT-2": gpt2,
     "transformers BERT": bert,

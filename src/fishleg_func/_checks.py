@@ -36,8 +36,7 @@ def differentiable_by_func(error: RuntimeError) -> None:
         raise RuntimeError(
             "the model uses activation checkpointing, hooks on saved tensors, or a torch.autograd.Function without "
             "setup_context, none of which torch.func can differentiate, and must not in a step; switch checkpointing "
-            "off, for instance with model.gradient_checkpointing_disable(), or write the Function with setup_context "
-            "and generate_vmap_rule"
+            "off, for instance with model.gradient_checkpointing_disable(), or write the Function with setup_context"
         ) from error
 
 
