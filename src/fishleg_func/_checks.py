@@ -32,11 +32,13 @@ def no_backward_hooks(model: nn.Module) -> None:
 
 def differentiable_by_func(error: RuntimeError) -> None:
     """Raise a RuntimeError with the remedy if ``error`` is torch.func's refusal of something inside of the model."""
-    if "saved tensor hooks" in str(error) or "setup_context" in str(error):
+    refused = ("saved tensor hooks", "setup_context", "requires_grad_()")
+    if any(words in str(error) for words in refused):
         raise RuntimeError(
-            "the model uses activation checkpointing, hooks on saved tensors, or a torch.autograd.Function without "
-            "setup_context, none of which torch.func can differentiate, and must not in a step; switch checkpointing "
-            "off, for instance with model.gradient_checkpointing_disable(), or write the Function with setup_context"
+            "the model uses activation checkpointing, hooks on saved tensors, requires_grad_() in forward, or a "
+            "torch.autograd.Function without setup_context, none of which torch.func can differentiate, and must not "
+            "in a step; switch checkpointing off: in transformers, call model.gradient_checkpointing_disable() and "
+            "model.disable_input_require_grads()"
         ) from error
 
 
