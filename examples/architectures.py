@@ -4,6 +4,7 @@
     python examples/architectures.py --whole               # and three as published
     python examples/architectures.py --only LSTM GRU
     python examples/architectures.py --markdown > table.md
+    python examples/architectures.py --report --only "transformers GPT-2"
 
 The loss is on one batch. The last column says whether ``torch.compile(step, fullgraph=True, backend="aot_eager")``
 makes one graph of a step, or why it cannot: each architecture is compiled in a process of its own, since a failed trace
@@ -41,8 +42,8 @@ class Row:
         layers: How many of its parameters have Q of each family, in words.
         before: Loss at the first step.
         after: Mean loss of the last three.
-        plain_ms: Median milliseconds of a step in which Q stands.
-        learning_ms: Median milliseconds of a step that updates Q.
+        plain_ms: Median CPU milliseconds of a step in which Q stands.
+        learning_ms: Median CPU milliseconds of a step that updates Q.
         compiled: Whether the step compiles as one graph, or why not.
     """
 
@@ -75,9 +76,9 @@ def train(name: str, steps: int = STEPS) -> Row:
     step = case.step(update_aux_every=learning)
     losses, seconds = [], []
     for _ in range(steps):
-        start = time.perf_counter()
+        start = time.process_time()
         losses.append(float(step(case.inputs, case.targets)))
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     trained = sum(p.numel() for p in case.model.parameters() if p.requires_grad)
     after = sum(losses[-3:]) / 3
     plain = statistics.median(seconds[learning + 1 :])
@@ -117,7 +118,7 @@ def in_own_process(name: str) -> str:
 
 
 HEAD = ("architecture", "parameters", "treatment of parameter tensors", "loss, first step", "last three",
-        "plain step, ms", "with update of Q, ms", "fullgraph")  # fmt: skip
+        "plain step, CPU ms", "with update of Q, CPU ms", "fullgraph")  # fmt: skip
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -138,8 +139,12 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--only", nargs="+", default=list(CASES), choices=[*CASES, *WHOLE], metavar="NAME")
     parser.add_argument("--whole", action="store_true", help="also those as published")
     parser.add_argument("--no-compile", action="store_true", help="leave out compilation")
+    parser.add_argument("--report", action="store_true", help="only print what is done with every parameter")
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/architectures.md")
     config = parser.parse_args(arguments)
+    if config.report:
+        print(*(make(name).step().report() for name in config.only), sep="\n\n")
+        return []
     rows = []
     for name in config.only + (list(WHOLE) if config.whole else []):
         row = train(name)

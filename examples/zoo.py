@@ -125,7 +125,11 @@ def bert() -> Case:
     mask = torch.ones_like(x)
     mask[::2, TIME // 2 :] = 0
     return Case(
-        model, {"input_ids": x, "attention_mask": mask}, torch.arange(BATCH) % CLASSES, ff.likelihoods.Categorical(), logits
+        model,
+        {"input_ids": x, "attention_mask": mask},
+        torch.arange(BATCH) % CLASSES,
+        ff.likelihoods.Categorical(),
+        logits,
     )
 
 

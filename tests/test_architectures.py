@@ -185,7 +185,22 @@ def test_what_does_not_compile_has_a_reason(architectures: Any, monkeypatch: pyt
 
 
 def test_every_row_of_the_documentation_is_of_the_zoo() -> None:
-    zoo = importlib.import_module("zoo")
     page = (EXAMPLES.parent / "docs" / "architectures.md").read_text()
     rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")]
-    assert rows[1:] == [*zoo.CASES, *zoo.WHOLE]
+    assert rows == ["architecture", "---", *NAMES]
+
+
+def reported(readme: str) -> list[list[str]]:
+    """Return the rows of the two reports in the README, as lists of cells."""
+    excerpt = readme.split("```text\n", 1)[1].split("```")[0]
+    return [[" ".join(line.split()) for line in part.splitlines()] for part in excerpt.split("\n\n")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("i", "name"), enumerate(["transformers GPT-2", "timm resnet18, whole"]))
+def test_the_reports_in_the_readme_are_real(i: int, name: str) -> None:
+    zoo = importlib.import_module("zoo")
+    printed = str((zoo.CASES | zoo.WHOLE)[name]().step().report()).splitlines()
+    excerpt = reported((EXAMPLES.parent / "README.md").read_text())[i]
+    assert len(excerpt) > 4
+    assert not set(excerpt) - {" ".join(line.split()) for line in printed}
