@@ -154,7 +154,7 @@ def test_gradient_checkpointing_of_transformers_can_be_switched_off() -> None:
 
 def test_an_output_that_is_an_object_names_the_remedy() -> None:
     case = load("transformers Llama")
-    with pytest.raises(TypeError, match="output=lambda o: o.logits"):
+    with pytest.raises(TypeError, match=r"output=lambda o: o\.logits"):
         ff.fishlegify(case.model, case.likelihood)(case.inputs, case.targets)
 
 
