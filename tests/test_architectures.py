@@ -197,7 +197,7 @@ def reported(readme: str) -> list[list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("i", "name"), enumerate(["transformers GPT-2", "timm resnet18, whole"]))
+@pytest.mark.parametrize(("i", "name"), list(enumerate(["transformers GPT-2", "timm resnet18, whole"])))
 def test_the_reports_in_the_readme_are_real(i: int, name: str) -> None:
     zoo = importlib.import_module("zoo")
     printed = str((zoo.CASES | zoo.WHOLE)[name]().step().report()).splitlines()
