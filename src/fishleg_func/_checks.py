@@ -30,6 +30,17 @@ def no_backward_hooks(model: nn.Module) -> None:
         )
 
 
+def differentiable_by_func(error: RuntimeError) -> None:
+    """Raise a RuntimeError with the remedy if ``error`` is torch.func's refusal of something inside of the model."""
+    refused = ("saved tensor hooks", "setup_context", "requires_grad_()")
+    if any(words in str(error) for words in refused):
+        raise RuntimeError(
+            "the model has hooks on saved tensors, requires_grad_() in forward, or a torch.autograd.Function without "
+            "setup_context, none of which torch.func can differentiate, and must not in a step; in transformers, call "
+            "model.disable_input_require_grads()"
+        ) from error
+
+
 Traits = dict[str, tuple[bool, torch.dtype, torch.device]]
 
 

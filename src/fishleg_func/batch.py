@@ -73,7 +73,8 @@ class Runner:
         Raises:
             ValueError: If something is on another device, or targets do not fit the likelihood, or it is not known yet.
             TypeError: If output or targets have a wrong type.
-            RuntimeError: If autocast is on, or the model is not the one that was planned for.
+            RuntimeError: If autocast is on, the model is not the one that was planned for, or ``torch.func`` cannot
+                differentiate it.
         """
         if torch.is_autocast_enabled(self.device.type):
             raise RuntimeError(
@@ -92,6 +93,9 @@ class Runner:
                 return self._run(inputs, targets, slots, twice, cotangent)
         except StaleSlots:  # the calls of a layer depend on values or on chance: look at this very batch
             return self._run(inputs, targets, self.capture.discover(inputs, anew=True), twice, cotangent)
+        except RuntimeError as error:
+            _checks.differentiable_by_func(error)
+            raise
 
     def _run(
         self, inputs: Inputs, targets: Tensor | None, slots: Slots, twice: bool, cotangent: Tensor | None

@@ -177,11 +177,20 @@ def pushforward_of(pullback: Callable[[Tensor], Any], outputs: Tensor) -> Callab
     """
 
     def pushforward(tangent: Any) -> Tensor:
-        _, transpose = torch.func.vjp(pullback, torch.zeros_like(outputs))  # type: ignore[misc]
-        result: Tensor = transpose(tangent)[0]
+        pulled, transpose = torch.func.vjp(pullback, torch.zeros_like(outputs))  # type: ignore[misc]
+        result: Tensor = transpose(_ordered_like(pulled, tangent))[0]
         return result
 
     return pushforward
+
+
+def _ordered_like(model: Any, tree: Any) -> Any:
+    """Return a tree with the keys of its dicts in the order of another's, which ``torch.func`` wants to be the same."""
+    if isinstance(model, dict):
+        return {key: _ordered_like(part, tree[key]) for key, part in model.items()}
+    if isinstance(model, tuple):
+        return tuple(_ordered_like(part, of) for part, of in zip(model, tree, strict=True))
+    return tree
 
 
 Ties = dict[str, tuple[str, ...]]
@@ -228,6 +237,8 @@ def _own_run() -> Iterator[None]:
 def call_model(model: nn.Module, replaced: Params, inputs: Inputs, ties: Ties) -> Any:
     """Call the model with some tensors replaced; those that it reassigns are put into ``replaced``.
 
+    It gets copies of its inputs, which it may change: a step may call it more than once.
+
     Args:
         model: The model.
         replaced: By name.
@@ -237,6 +248,7 @@ def call_model(model: nn.Module, replaced: Params, inputs: Inputs, ties: Ties) -
     Returns:
         What the model returns.
     """
+    inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
     args, kwargs = inputs if isinstance(inputs, Call) else Call.of(inputs)
     everywhere = replaced | {other: replaced[k] for k, others in ties.items() if k in replaced for other in others}
     with _own_run():
