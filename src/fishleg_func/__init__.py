@@ -5,11 +5,12 @@ from ._types import Accuracy, Hyper, LowRank
 from .diagnostics import Report
 from .entry import fishlegify
 from .fisher import fisher_vector_product
-from .layers import LayerSpec, register_layer
+from .layers import LayerSpec
 from .optimizer import FishLeg
 from .original_checkpoint import load_original_checkpoint
 from .original_likelihoods import FISH_LIKELIHOODS
 from .qmodules import QModule
+from .registry import register_layer
 from .step import FishLegStep
 
 __version__ = "0.1.0"

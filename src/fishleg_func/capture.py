@@ -7,7 +7,7 @@ forming a weight gradient. Hooks are inert outside of a step, and ``torch.compil
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ._types import Call, Inputs, Linearization, Params, Slot
 
 Slots = dict[str, list[Slot]]
 Seen = dict[str, list[Tensor]]
+Keep = Callable[[tuple[Any, ...], dict[str, Any], Tensor], Tensor]
 
 
 class StaleSlots(RuntimeError):
@@ -41,12 +42,19 @@ class Capture:
     Args:
         model: The model; its code and state are not touched.
         layers: The modules to hook, by block name.
+        keep: From a call of a layer to what is kept of it, by block name; see :meth:`LayerSpec.keep`.
         output: From what the model returns to one tensor of natural parameters.
     """
 
-    def __init__(self, model: nn.Module, layers: dict[str, nn.Module], output: Callable[[Any], Tensor] | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        keep: Mapping[str, Keep],
+        output: Callable[[Any], Tensor] | None,
+    ) -> None:
         self.model = model
-        self.output = output
+        self.output, self._keep = output, keep
         self._ties = find_ties(model)
         self._record: _Record | None = None
         self._slots: dict[Any, Slots] = {}
@@ -88,7 +96,7 @@ class Capture:
                 f"it did just before, in calls of shapes {[tuple(p.shape) for p in probes]}; let its calls depend on "
                 "nothing but the inputs and the global random stream"
             )
-        calls.append(args[0] if args else kwargs["input"])
+        calls.append(self._keep[name](args, kwargs, out))
         return out + probes[len(calls) - 1]
 
     @contextlib.contextmanager
@@ -103,7 +111,7 @@ class Capture:
         out = call_model(self.model, replaced, inputs, self._ties)
         out = out if self.output is None else self.output(out)
         _checks.tensor_output(out)
-        return out
+        return out.to(torch.promote_types(out.dtype, torch.float32))  # likelihoods need the digits
 
     def key(self, inputs: Inputs) -> tuple[Any, ...]:
         """Return what the calls of layers may depend on: shapes and flags of the inputs, modes of modules."""
