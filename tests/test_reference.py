@@ -55,7 +55,10 @@ def draw(family: str, m: int, n: int, *lead: int) -> tuple[dict[str, Tensor], di
 
 def identity_blocks(model: nn.Module) -> dict[str, Block]:  # Q = I everywhere
     shapes = {name: shape for name, (_, shape) in reference.block_indices(model).items()}
-    return {name: Block("kronecker", {"L": torch.eye(n), "R": torch.eye(m)}) for name, (m, n) in shapes.items()}
+    return {
+        name: Block("kronecker", {"L": torch.eye(n).repeat(*g, 1, 1), "R": torch.eye(m).repeat(*g, 1, 1)})
+        for name, (*g, m, n) in shapes.items()
+    }
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)

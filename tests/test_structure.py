@@ -26,7 +26,7 @@ LAYERS = (  # a module imports from its own layer, without cycles, and from thos
         "bases",
         "families",
     },
-    {"layers", "convolutions", "packed", "registry", "capture", "blocks", "fisher"},
+    {"layers", "convolutions", "packed", "registry", "kernels", "capture", "blocks", "fisher"},
     {"auxiliary", "transform"},
     {"diagnostics", "batch"},
     {"curvature"},

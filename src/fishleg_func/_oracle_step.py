@@ -128,8 +128,8 @@ def block_indices(model: nn.Module) -> dict[str, tuple[Tensor, tuple[int, ...]]]
 
     .. math:: \operatorname{vec} U = \theta[\text{indices}]
 
-    A weight is packed with the bias beside it into ``[out, rest + 1]``, or ``[groups, out, rest + 1]``, where it is that
-    of a Linear, ConvNd, Bilinear, recurrent layer or cell, or the stacked one of attention (three groups); a
+    A weight is packed with the bias beside it into ``[out, rest + 1]``, or ``[groups, out, rest + 1]``, where it is
+    that of a Linear, ConvNd, Bilinear, recurrent layer or cell, or the stacked one of attention (three groups); a
     ConvTransposeNd is packed like the ConvNd that does the same to a stuffed input; weight and bias of a norm are
     ``[channels, 1, 2]``. The block has the module's name ("(root)" for the model itself) if its weight is called
     "weight", else that of the weight. A parameter elsewhere, or tied, or whose layer has a tied or frozen weight,

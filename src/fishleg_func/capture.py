@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import _checks
 from ._types import Call, Inputs, Linearization, Params, Slot
+from .kernels import differentiable_kernels
 
 Slots = dict[str, list[Slot]]
 Seen = dict[str, list[Tensor]]
@@ -282,38 +282,6 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 def _inert() -> Callable[..., None]:
     return _nothing
-
-
-@contextlib.contextmanager
-def differentiable_kernels(model: nn.Module, *, twice: bool) -> Iterator[None]:
-    """Choose kernels that can be differentiated: without gradients, torch takes others for attention and LSTM.
-
-    Args:
-        model: What will be run.
-        twice: Whether second derivatives are needed too.
-    """
-    if twice:
-        with sdpa_kernel(SDPBackend.MATH), _without_fast_paths(model):
-            yield
-    else:
-        with _without_fast_paths(model):
-            yield
-
-
-@contextlib.contextmanager
-def _without_fast_paths(model: nn.Module) -> Iterator[None]:
-    """Switch off the fast paths of attention and LSTM: global flags, which compiled code leaves as they are."""
-    if torch.compiler.is_compiling():
-        yield
-        return
-    with contextlib.ExitStack() as stack:
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
-        if any(isinstance(m, nn.LSTM) for m in model.modules()):
-            set_flags: Any = torch.backends.mkldnn.set_flags
-            enabled = set_flags(_enabled=False, _fp32_precision=None)[0]
-            stack.callback(set_flags, _enabled=enabled, _fp32_precision=None)
-        yield
 
 
 RandomState = dict[int, Tensor]

@@ -106,10 +106,8 @@ class ConvTransposeSpec(ConvSpec):
 
     def _exchanged(self, weight: Tensor) -> Tensor:
         """Return the kernel of the plain convolution; undone by doing it again."""
-        weight = (
-            weight.view(self.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
-        )  # "(g i) o ... -> (g o) i ..."
-        return weight.flip(tuple(range(2, weight.ndim)))
+        weight = weight.view(self.groups, -1, *weight.shape[1:]).transpose(1, 2)  # "(g i) o ... -> (g o) i ..."
+        return weight.flatten(0, 1).flip(tuple(range(2, weight.ndim - 1)))
 
     def pack(self, tensors: Params) -> Tensor:
         return super().pack(tensors | {"weight": self._exchanged(tensors["weight"])})
