@@ -66,6 +66,16 @@ def plain_tables(tables: Mapping[str, nn.Module]) -> None:
                 )
 
 
+def digits_for(fisher: str, model: nn.Module) -> None:
+    """Raise ValueError if finite differences are asked for of trained parameters that are too coarse for them."""
+    coarse = {str(p.dtype) for p in model.parameters() if p.requires_grad and torch.finfo(p.dtype).bits < 32}
+    if fisher == "antithetic" and coarse:
+        raise ValueError(
+            f"fisher='antithetic' needs parameters in float32 or float64, and some are {', '.join(sorted(coarse))}: "
+            "their rounding swallows finite differences; use fisher='exact'"
+        )
+
+
 def kind(name: str, value: Any, kinds: type | tuple[type, ...], meant: str) -> None:
     """Raise TypeError unless ``value`` is of one of the types; a bool is no number."""
     if not isinstance(value, kinds) or isinstance(value, bool):

@@ -207,4 +207,4 @@ class Packing:
                 moved[b.name] = calls + [s.zeros() for s in slots[len(calls) :]]
             else:
                 direct |= {k: t.to(params[k].dtype) for k, t in b.unpack(dense(v[b.name]), params).items()}
-        return moved, direct
+        return {name: moved[name] for name in self.slots}, direct  # in the order of the probes

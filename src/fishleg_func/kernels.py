@@ -21,12 +21,9 @@ def differentiable_kernels(model: nn.Module, *, twice: bool) -> Iterator[None]:
         model: What will be run.
         twice: Whether second derivatives are needed too.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_without_fast_paths(model))
-        if twice:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if twice and any(isinstance(m, nn.EmbeddingBag) for m in model.modules()):
-            stack.enter_context(_Bags())
+    math = sdpa_kernel(SDPBackend.MATH) if twice else contextlib.nullcontext()
+    bags = twice and any(isinstance(m, nn.EmbeddingBag) for m in model.modules())
+    with _without_fast_paths(model), math, _Bags() if bags else contextlib.nullcontext():
         yield
 
 
