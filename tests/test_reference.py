@@ -54,11 +54,9 @@ def draw(family: str, m: int, n: int, *lead: int) -> tuple[dict[str, Tensor], di
 
 
 def identity_blocks(model: nn.Module) -> dict[str, Block]:  # Q = I everywhere
-    shapes = {name: shape for name, (_, shape) in reference.block_indices(model).items()}
-    return {
-        name: Block("kronecker", {"L": torch.eye(n).repeat(*g, 1, 1), "R": torch.eye(m).repeat(*g, 1, 1)})
-        for name, (*g, m, n) in shapes.items()
-    }
+    shapes = [(k, shape) for k, (_, shape) in reference.block_indices(model).items()]
+    eyes = {k: {"L": torch.eye(n).repeat(*g, 1, 1), "R": torch.eye(m).repeat(*g, 1, 1)} for k, (*g, m, n) in shapes}
+    return {k: Block("kronecker", lam) for k, lam in eyes.items()}
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
@@ -281,8 +279,11 @@ class Zoo(nn.Module):  # groups, kernels of one to three dims, a tied weight, a 
         self.embedding, self.head = nn.Embedding(4, 3), nn.Linear(3, 4)
         self.head.weight = self.embedding.weight
         self.linear.bias.requires_grad_(False)
-        self.scale, self.cube = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(2, 2, 2))
-        self.norm = nn.LayerNorm(3)
+        self.scale, self.cube, self.norm = (
+            nn.Parameter(torch.ones(())),
+            nn.Parameter(torch.ones(2, 2, 2)),
+            nn.LayerNorm(3),
+        )
 
 
 def test_block_indices_are_a_permutation_and_pack_as_documented() -> None:
