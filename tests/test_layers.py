@@ -6,15 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 
 from fishleg_func import LayerSpec, LowRank, reference, register_layer
-from fishleg_func.layers import _REGISTRY, ConvSpec, LinearSpec, find_spec, table_shape
+from fishleg_func.convolutions import ConvSpec, ConvTransposeSpec
+from fishleg_func.layers import LinearSpec
+from fishleg_func.packed import table_shape
+from fishleg_func.registry import _REGISTRY, find_spec
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -40,7 +44,7 @@ def tensors_of(layer: nn.Module, seed: int) -> dict[str, Tensor]:
     return {name: randn(*p.shape, seed=seed + k) for k, (name, p) in enumerate(trainable)}
 
 
-def check_packing(layer: nn.Module, spec: LayerSpec, x: Tensor) -> None:
+def check_packing(layer: nn.Module, spec: LayerSpec, *args: Any) -> None:
     tensors = tensors_of(layer, 1)
     u = spec.pack(tensors)
     assert tuple(u.shape) == tuple(spec.shape)
@@ -52,8 +56,9 @@ def check_packing(layer: nn.Module, spec: LayerSpec, x: Tensor) -> None:
     assert torch.equal(u, flat[positions].reshape(shape))
 
 
-def check_gradient(layer: nn.Module, spec: LayerSpec, x: Tensor) -> None:
-    out, pullback = vjp(lambda parameters: functional_call(layer, parameters, (x,)), dict(layer.named_parameters()))
+def check_gradient(layer: nn.Module, spec: LayerSpec, *args: Any) -> None:
+    out, pullback = vjp(lambda parameters: functional_call(layer, parameters, args), dict(layer.named_parameters()))
+    x = spec.keep(args, {}, out)
     delta = randn(*out.shape, seed=2)
     (gradient,) = pullback(delta)
     expected = spec.pack({name: gradient[name] for name in spec.names})
@@ -61,15 +66,15 @@ def check_gradient(layer: nn.Module, spec: LayerSpec, x: Tensor) -> None:
     close(spec.gradient(x, delta), expected)
 
 
-def check_tangent(layer: nn.Module, spec: LayerSpec, x: Tensor) -> None:
+def check_tangent(layer: nn.Module, spec: LayerSpec, *args: Any) -> None:
     *groups, m, n = spec.shape
     parameters = {name: p.detach() for name, p in layer.named_parameters()}
     factored = LowRank(randn(*groups, 2, m, seed=3), randn(*groups, 2, n, seed=4))
     for v in (randn(*spec.shape, seed=5), factored):
         moves = spec.unpack(v if isinstance(v, Tensor) else v.d.mT @ v.a)
         moves = {name: moves.get(name, torch.zeros_like(p)) for name, p in parameters.items()}
-        _, expected = jvp(lambda p: functional_call(layer, p, (x,)), (parameters,), (moves,))
-        actual = spec.tangent(x, v)
+        _, expected = jvp(lambda p: functional_call(layer, p, args), (parameters,), (moves,))
+        actual = spec.tangent(spec.keep(args, {}, expected), v)
         assert actual.shape == expected.shape
         close(actual, expected)
 
@@ -77,10 +82,10 @@ def check_tangent(layer: nn.Module, spec: LayerSpec, x: Tensor) -> None:
 CHECKS = (check_packing, check_gradient, check_tangent)
 
 
-def check(layer: nn.Module, x: Tensor) -> None:
+def check(layer: nn.Module, *args: Any) -> None:
     spec = spec_of(layer)
     for each in CHECKS:
-        each(layer, spec, x)
+        each(layer, spec, *args)
 
 
 # --- linear ---
@@ -177,6 +182,63 @@ def test_any_convolution(drawn: tuple[nn.Module, Tensor]) -> None:
     check(*drawn)
 
 
+# --- transposed convolutions ---
+
+
+@st.composite
+def transposed_convolutions(draw: st.DrawFn) -> tuple[Any, ...]:
+    dim = draw(st.integers(1, 3))
+    per_axis = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(dim))  # noqa: E731
+    groups, kernel, dilation, stride = draw(st.integers(1, 3)), per_axis(1, 3), per_axis(1, 2), per_axis(1, 3)
+    extra = tuple(draw(st.integers(0, max(d, s) - 1)) for d, s in zip(dilation, stride, strict=True))
+    layer = TRANSPOSED[dim](
+        groups * draw(st.integers(1, 2)),
+        groups * draw(st.integers(1, 2)),
+        kernel,
+        stride=stride,
+        padding=per_axis(0, 2),
+        output_padding=extra,
+        dilation=dilation,
+        groups=groups,
+        bias=draw(st.booleans()),
+        dtype=torch.float64,
+    )
+    batch = (draw(st.integers(1, 2)),)[draw(st.integers(0, 1)) :]
+    x = randn(*batch, layer.in_channels, *per_axis(3, 5), seed=draw(st.integers(0, 2**31)))
+    if draw(st.booleans()):
+        return layer, x
+    sizes = zip(x.shape[-dim:], stride, layer.padding, dilation, kernel, strict=True)
+    least = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, s, p, d, k in sizes]
+    return layer, x, [n + draw(st.integers(0, s - 1)) for n, s in zip(least, stride, strict=True)]
+
+
+@given(transposed_convolutions())
+def test_any_transposed_convolution(drawn: tuple[Any, ...]) -> None:
+    try:
+        drawn[0](*drawn[1:])
+    except RuntimeError:  # torch itself allows no empty output
+        assume(False)
+    check(*drawn)
+
+
+@pytest.mark.parametrize("dim", TRANSPOSED)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolution(dim: int, groups: int) -> None:
+    options = {"stride": 2, "padding": 1, "output_padding": 1, "groups": groups, "dtype": torch.float64}
+    layer = TRANSPOSED[dim](4, 6, (3, 2, 4)[:dim], **options)
+    assert spec_of(layer).shape[-1] == 4 // groups * layer.weight[0, 0].numel() + 1
+    x = randn(2, 4, *(4, 3, 3)[:dim])
+    check(layer, x)
+    check(layer, x[0])
+    check(layer, x, [n - 1 for n in layer(x).shape[2:]])
+
+
+def test_the_rows_of_a_transposed_convolution_are_those_of_its_output_positions() -> None:
+    layer, x = TRANSPOSED[1](1, 1, 2, stride=2, bias=False), torch.tensor([[[1.0, 2.0]]])
+    rows = spec_of(layer).input_rows(spec_of(layer).keep((x,), {}, layer(x)))
+    assert rows.tolist() == [[0.0, 1.0], [1.0, 0.0], [0.0, 2.0], [2.0, 0.0]]
+
+
 # --- frozen parameters ---
 
 
@@ -265,7 +327,16 @@ def test_built_in_types() -> None:
     assert type(find_spec(nn.Linear(2, 2), ("weight",))) is LinearSpec
     assert all(type(find_spec(layer(1, 1, 1), ("weight",))) is ConvSpec for layer in CONVS.values())
     assert {spec.family for spec in (LinearSpec, ConvSpec)} == {"kfac"}
-    for other in (nn.LayerNorm(2), nn.ConvTranspose1d(1, 1, 1), nn.Embedding(2, 2), nn.Bilinear(1, 1, 1), nn.Module()):
+    assert all(type(find_spec(layer(1, 1, 1), ("weight",))) is ConvTransposeSpec for layer in TRANSPOSED.values())
+    attention = nn.MultiheadAttention(2, 1)
+    for other in (
+        nn.LayerNorm(2),
+        nn.Embedding(2, 2),
+        nn.Bilinear(1, 1, 1),
+        nn.Module(),
+        attention,
+        attention.out_proj,
+    ):
         assert find_spec(other, ("weight",)) is None
 
 

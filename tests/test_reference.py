@@ -54,8 +54,9 @@ def draw(family: str, m: int, n: int, *lead: int) -> tuple[dict[str, Tensor], di
 
 
 def identity_blocks(model: nn.Module) -> dict[str, Block]:  # Q = I everywhere
-    shapes = {name: shape for name, (_, shape) in reference.block_indices(model).items()}
-    return {name: Block("kronecker", {"L": torch.eye(n), "R": torch.eye(m)}) for name, (m, n) in shapes.items()}
+    shapes = [(k, shape) for k, (_, shape) in reference.block_indices(model).items()]
+    eyes = {k: {"L": torch.eye(n).repeat(*g, 1, 1), "R": torch.eye(m).repeat(*g, 1, 1)} for k, (*g, m, n) in shapes}
+    return {k: Block("kronecker", lam) for k, lam in eyes.items()}
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
@@ -275,11 +276,10 @@ class Zoo(nn.Module):  # groups, kernels of one to three dims, a tied weight, a 
         super().__init__()
         self.conv1, self.conv2 = nn.Conv1d(2, 3, 2), nn.Conv2d(4, 6, (2, 1), groups=2)
         self.conv3, self.linear = nn.Conv3d(1, 2, 2, bias=False), nn.Linear(3, 2)
-        self.embedding, self.head = nn.Embedding(4, 3), nn.Linear(3, 4)
+        self.embedding, self.head, self.norm = nn.Embedding(4, 3), nn.Linear(3, 4), nn.LayerNorm(3)
         self.head.weight = self.embedding.weight
         self.linear.bias.requires_grad_(False)
         self.scale, self.cube = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(2, 2, 2))
-        self.norm = nn.LayerNorm(3)
 
 
 def test_block_indices_are_a_permutation_and_pack_as_documented() -> None:
@@ -287,7 +287,7 @@ def test_block_indices_are_a_permutation_and_pack_as_documented() -> None:
     layout, flat = reference.block_indices(zoo), reference.flat_parameters(zoo)
     shapes = {name: shape for name, (_, shape) in layout.items()}
     layers = {"conv1": (3, 5), "conv2": (2, 3, 5), "conv3": (2, 8), "linear": (2, 3), "embedding.weight": (4, 3)}
-    alone = {"head.bias": (1, 4), "scale": (1, 1), "cube": (2, 4), "norm.weight": (1, 3), "norm.bias": (1, 3)}
+    alone = {"head.bias": (1, 4), "scale": (1, 1), "cube": (2, 4), "norm": (3, 1, 2)}
     assert shapes == layers | alone
     assert torch.equal(torch.cat([where for where, _ in layout.values()]).sort().values, torch.arange(len(flat)))
     where, shape = layout["conv2"]
@@ -345,7 +345,7 @@ def test_step_norms() -> None:
     blocks, layout, theta = identity_blocks(model), reference.block_indices(model), reference.flat_parameters(model)
     out = reference.training_step(model, x, y, "categorical", blocks, momentum=m, **BASE | {"step_norm": "layer"})
     norms = {name: ((theta - out.theta)[where] / 0.1).norm().item() for name, (where, _) in layout.items()}
-    assert norms == pytest.approx({"0": math.sqrt(3), "3": math.sqrt(3), "1.weight": 1.0, "1.bias": 1.0})
+    assert norms == pytest.approx({"0": math.sqrt(3), "1": math.sqrt(3), "3": math.sqrt(3)})
     options = BASE | {"step_norm": "kl"}
     out = reference.training_step(model, x, y, "categorical", blocks, momentum=m, kl_clip=1e-4, **options)
     assert ((theta - out.theta).norm() ** 2).item() == pytest.approx(1e-4)  # lr^2 m^T Q m at Q = I
@@ -365,7 +365,7 @@ def test_learning_moves_every_block_toward_the_damped_inverse(aux_rule: str, pre
         out = reference.training_step(model, x, y, "categorical", blocks, **options)
         blocks, moments = out.blocks, out.moments
         errors.append((out.direction - target).norm().item())
-    assert errors[-1] < 0.8 * errors[0]
+    assert errors[-1] < 0.9 * errors[0]
     for name, block in blocks.items():
         assert not torch.allclose(block.lam["L"], start[name].lam["L"].double()), name
 
@@ -388,7 +388,7 @@ ERRORS = (
     ({"step_norm": "kl", "momentum_rule": "after"}, r"step_norm='kl'.*None, 'layer'$"),
     ({"momentum_rule": "behind"}, r"momentum_rule='behind'.*'before', 'after'"),
     ({"aux_rule": "sgd"}, r"aux_rule='sgd'.*'relative', 'adam'"),
-    ({"blocks": {}}, r"blocks=\[\] must be \['0', '1.bias', '1.weight', '3'\]"),
+    ({"blocks": {}}, r"blocks=\[\] must be \['0', '1', '3'\]"),
 )
 
 

@@ -15,7 +15,7 @@ LAYERS = (  # a module imports from its own layer, without cycles, and from thos
     {"_types", "_opaque", "_trees", "_checks", "_noise", "_linalg", "_sides", "schedule", "checkpoints", "_recompute"},
     {"_likelihood", "_elementwise", "_categorical", "_agreement", "likelihoods", "original_likelihoods", "_resolve"},
     {"qmodules", "kronecker", "bases", "families"},
-    {"layers", "capture", "blocks", "fisher"},
+    {"layers", "convolutions", "packed", "registry", "kernels", "capture", "blocks", "fisher"},
     {"auxiliary", "transform"},
     {"diagnostics", "batch", "operators", "conjugate", "inverse", "fisher_operator"},
     {"curvature"},

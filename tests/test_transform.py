@@ -261,17 +261,12 @@ def test_the_dtype_stays(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_works_or_says_why_not(dtype: torch.dtype) -> None:
+def test_half_precision_works(dtype: torch.dtype) -> None:
     model, x = make("mlp")
     model.to(dtype)
-    before = {k: p.detach().clone() for k, p in model.named_parameters()}
-    try:
-        with ff.fishlegify(model) as step:
-            losses = [float(step(x.to(dtype), LABELS)) for _ in range(5)]
-        assert losses[-1] < losses[0]
-    except (TypeError, ValueError) as error:
-        assert str(dtype) in str(error) and "float32" in str(error)
-        assert all(torch.equal(before[k], p) for k, p in model.named_parameters())
+    with ff.fishlegify(model) as step:
+        losses = [float(step(x.to(dtype), LABELS)) for _ in range(5)]
+    assert losses[-1] < losses[0]
     assert {p.dtype for p in model.parameters()} == {dtype}
 
 

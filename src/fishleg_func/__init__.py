@@ -10,11 +10,12 @@ from .estimate import estimate_inverse_fisher
 from .fisher import fisher_vector_product
 from .fisher_operator import FisherOperator
 from .inverse import Fit, InverseFisher
-from .layers import LayerSpec, register_layer
+from .layers import LayerSpec
 from .optimizer import FishLeg
 from .original_checkpoint import load_original_checkpoint
 from .original_likelihoods import FISH_LIKELIHOODS
 from .qmodules import QModule
+from .registry import register_layer
 from .step import FishLegStep
 
 __version__ = "0.1.0"

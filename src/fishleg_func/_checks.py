@@ -61,6 +61,32 @@ def unchanged_model(model: nn.Module, then: Traits, layers: Mapping[str, nn.Modu
         )
 
 
+def plain_tables(tables: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if an embedding rewrites its weight in a forward pass, or has a gradient that is not dense."""
+    remedies = {
+        "max_norm": (None, "it rewrites the weight in every forward pass; bound the rows after a step"),
+        "scale_grad_by_freq": (False, "it is not the gradient of a loss; Q divides by how often a row is used"),
+        "sparse": (False, "Q takes dense gradients"),
+    }
+    for path, module in tables.items():
+        for name, (plain, remedy) in remedies.items():
+            if getattr(module, name) != plain:
+                raise ValueError(
+                    f"{name}={getattr(module, name)} of the embedding {path!r} must be {plain}: {remedy}; or leave it "
+                    f"alone with exclude={path!r}"
+                )
+
+
+def digits_for(fisher: str, model: nn.Module) -> None:
+    """Raise ValueError if finite differences are asked for of trained parameters that are too coarse for them."""
+    coarse = {str(p.dtype) for p in model.parameters() if p.requires_grad and torch.finfo(p.dtype).bits < 32}
+    if fisher == "antithetic" and coarse:
+        raise ValueError(
+            f"fisher='antithetic' needs parameters in float32 or float64, and some are {', '.join(sorted(coarse))}: "
+            "their rounding swallows finite differences; use fisher='exact'"
+        )
+
+
 def kind(name: str, value: Any, kinds: type | tuple[type, ...], meant: str) -> None:
     """Raise TypeError unless ``value`` is of one of the types; a bool is no number."""
     if not isinstance(value, kinds) or isinstance(value, bool):

@@ -117,14 +117,23 @@ def flat_parameters(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().double().reshape(-1) for p in model.parameters() if p.requires_grad])
 
 
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+_PAIRED = (
+    nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, *_NORMS
+)  # fmt: skip
+
+
 def block_indices(model: nn.Module) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
     r"""Return where the parameters of each block lie in the flat vector.
 
     .. math:: \operatorname{vec} U = \theta[\text{indices}]
 
-    A Linear or ConvNd packs its weight and bias into ``[out, in + 1]``, with groups ``[groups, out, in + 1]`` (``in``
-    counts the kernel) under the module's name, "(root)" for the model itself. A parameter elsewhere, or tied, or whose
-    layer has a tied or frozen weight, stands alone as ``[1, P]`` or ``[shape[0], rest]``. Frozen ones are left out.
+    A weight is packed with the bias beside it into ``[out, rest + 1]``, or ``[groups, out, rest + 1]``, where it is
+    that of a Linear, ConvNd, Bilinear, recurrent layer or cell, or the stacked one of attention (three groups); a
+    ConvTransposeNd is packed like the ConvNd that does the same to a stuffed input; weight and bias of a norm are
+    ``[channels, 1, 2]``. The block has the module's name ("(root)" for the model itself) if its weight is called
+    "weight", else that of the weight. A parameter elsewhere, or tied, or whose layer has a tied or frozen weight,
+    stands alone as ``[1, P]`` or ``[shape[0], rest]``. Frozen ones are left out.
 
     Args:
         model: Any module; it is not changed.
@@ -146,14 +155,20 @@ def block_indices(model: nn.Module) -> dict[str, tuple[Tensor, tuple[int, ...]]]
             untied |= {name} if sum(p is slot for slot in slots) == 1 else set()
             start += p.numel()
     packed = {}
-    forwards = [layer.forward for layer in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)]  # subclasses inherit it
     for prefix, module in model.named_modules():
-        weight, bias = (f"{prefix}.{key}" if prefix else key for key in ("weight", "bias"))
-        if type(module).forward in forwards and weight in untied:
-            U = alone.pop(weight)
-            U = U.reshape(getattr(module, "groups", 1), -1, U[0].numel())
+        local = [name for name, _ in module.named_parameters(recurse=False)]
+        for key in local if isinstance(module, _PAIRED) else ():
+            weight, bias = (f"{prefix}.{k}" if prefix else k for k in (key, key.replace("weight", "bias")))
+            norm = isinstance(module, _NORMS)
+            if weight not in untied or weight == bias or (norm and bias not in untied) or alone[weight].ndim < 2 - norm:
+                continue
+            U, groups = alone.pop(weight), 3 if key == "in_proj_weight" else getattr(module, "groups", 1)
+            if isinstance(module, nn.modules.conv._ConvTransposeNd):
+                U = torch.cat([W.transpose(0, 1) for W in U.chunk(groups)]).flip(list(range(2, U.ndim)))
+            groups = U.numel() if norm else groups
+            U = U.reshape(groups, -1, 1 if norm else U[0].numel())
             U = torch.cat([U, alone.pop(bias).reshape(*U.shape[:2], 1)], 2) if bias in untied else U
-            packed[prefix or "(root)"] = U[0] if len(U) == 1 else U
+            packed[(prefix or "(root)") if key == "weight" else weight] = U[0] if len(U) == 1 else U
     packed |= {name: x.reshape(len(x) if x.ndim > 1 else 1, -1) for name, x in alone.items()}
     return {name: (U.reshape(-1), tuple(U.shape)) for name, U in packed.items()}
 

@@ -16,6 +16,11 @@ def dense(u: Packed | Symmetrized) -> Tensor:
     return u if isinstance(u, Tensor) else u.dense()
 
 
+def cast(u: Packed, dtype: torch.dtype) -> Packed:
+    """Return ``u`` in another dtype."""
+    return LowRank(u.d.to(dtype), u.a.to(dtype)) if isinstance(u, LowRank) else u.to(dtype)
+
+
 def scale(u: Packed, factor: Tensor) -> Packed:
     """Multiply ``u`` by the 0-d tensor ``factor``."""
     return LowRank(u.d * factor, u.a) if isinstance(u, LowRank) else u * factor
@@ -122,8 +127,13 @@ average_product_ = opaque(
 
 
 def descend_(target: Tensor, keep: Tensor, direction: Tensor, rate: Tensor, ok: Tensor | None) -> None:
-    """Write ``keep * target - rate * direction``, keep and rate 0-d; with ``ok`` only where it is true."""
-    if ok is None:
+    """Write ``keep * target - rate * direction``, keep and rate 0-d; with ``ok`` only where it is true.
+
+    A target of lower precision than the direction is rounded once.
+    """
+    if target.dtype != direction.dtype:
+        assign_(target, keep * target.to(direction.dtype) - rate * direction, ok)
+    elif ok is None:
         if not readable(keep) or keep != 1:
             target.mul_(keep)
         target.addcmul_(direction, rate, value=-1)

@@ -99,7 +99,7 @@ def whitening_root(cov: Tensor, rho: Tensor, previous: Tensor) -> Tensor:
 
 
 class Diagonal(QModule):
-    r"""Elementwise operator, for norms and whatever has no layer type: :math:`Q = \mathrm{diag}((c\,e^s)^2)`.
+    r"""Elementwise operator, for vectors and scalars that no layer type claims: :math:`Q = \mathrm{diag}((c\,e^s)^2)`.
 
     Parameter: ``s`` of the packed shape, starting at zero. Basis: ``c`` :math:`= (\mathrm{diag} F + \gamma)^{-1/2}`
     from squared random gradients, one before the first refresh.

@@ -44,7 +44,7 @@ class Runner:
         device: torch.device,
     ) -> None:
         self.model, self.plan, self.likelihood, self.output, self.device = model, plan, likelihood, output, device
-        self.capture = Capture(model, dict(plan.layers), output)
+        self.capture = Capture(model, plan.layers, plan.keep(), output)
         self.unhooked: frozenset[str] = frozenset()  # layers whose hooks do not fire, or do not tell the whole gradient
         self._verified: set[tuple[Any, ...]] = set()  # kinds of inputs at which it was compared with autograd
         self._traits = _checks.traits(model)
@@ -148,14 +148,15 @@ class Runner:
         if not checksum(truth).isfinite():
             return  # nothing can be told from this batch; the step will refuse it
         silent = self.plan.layers.keys() - slots.keys()
-        wrong = {name for name in slots if _differ(dense(captured[name]), truth[name])}
+        wrong = {name for name in slots if _differ(dense(captured[name]), truth[name], slots[name][0].dtype)}
         self.unhooked |= silent | wrong
         self._verified.add(key)
 
 
-def _differ(captured: Tensor, truth: Tensor) -> bool:
-    """Tell whether two gradients differ by more than arithmetic explains."""
-    tolerance = 10 * torch.finfo(truth.dtype).eps ** 0.5 * torch.linalg.vector_norm(truth)
+def _differ(captured: Tensor, truth: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether two gradients differ by more than arithmetic in ``dtype`` explains."""
+    relative = max(10 * torch.finfo(truth.dtype).eps ** 0.5, 16 * torch.finfo(dtype).eps)
+    tolerance = relative * torch.linalg.vector_norm(truth)
     return not bool(torch.linalg.vector_norm(captured - truth) <= tolerance)
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._trees import dense
+from ._trees import cast, dense
 from ._types import LowRank, Packed, Params
 from .capture import Seen, Slots
-from .layers import LayerSpec
+from .layers import LayerSpec, Layout
 from .qmodules import QModule
 
 _PROBE_ROWS = 16  # rows that a probe is estimated from,
@@ -32,24 +32,27 @@ class Block:
         family: Name of the Q family.
         shape: Packed shape.
         names: Qualified parameter name by local name.
-        spec: How the layer packs; ``None`` for parameters without a layer, which are laid end to end.
+        spec: How they are packed; ``None`` for parameters without a layout, which are laid end to end.
+        dtype: Of all that is packed; that of the parameters may be a lower one.
     """
 
     name: str
     family: str
     shape: tuple[int, ...]
     names: Mapping[str, str]
-    spec: LayerSpec | None
+    spec: Layout | None
+    dtype: torch.dtype
 
     def pack(self, tensors: Params) -> Tensor:
         """Pack parameters, or directions in them, given by qualified name."""
+        local = {name: tensors[q].to(self.dtype) for name, q in self.names.items()}
         if self.spec is None:
-            flat = [tensors[q].reshape(-1) for q in self.names.values()]
+            flat = [t.reshape(-1) for t in local.values()]
             return (flat[0] if len(flat) == 1 else torch.cat(flat)).view(self.shape)
-        return self.spec.pack({local: tensors[q] for local, q in self.names.items()})
+        return self.spec.pack(local)
 
     def unpack(self, u: Tensor, like: Params) -> Params:
-        """Undo :meth:`pack`; ``like`` gives the parameters' shapes."""
+        """Undo :meth:`pack`, but for the dtype; ``like`` gives the parameters' shapes."""
         if self.spec is None:
             pieces = torch.split(u.reshape(-1), [like[q].numel() for q in self.names.values()])
             return {q: piece.view(like[q].shape) for q, piece in zip(self.names.values(), pieces, strict=True)}
@@ -115,28 +118,33 @@ class Packing:
         self.blocks, self.seen, self.slots = blocks, seen, slots
         self._rows: dict[str, Tensor] = {}
 
+    def _spec(self, block: Block) -> LayerSpec:
+        assert isinstance(block.spec, LayerSpec)  # what was probed has a hook
+        return block.spec
+
     def input_rows(self, block: Block) -> Tensor:
         """Return the input rows of a hooked layer over all of its calls."""
-        assert block.spec is not None
         if block.name not in self._rows:
-            self._rows[block.name] = torch.cat([block.spec.input_rows(x) for x in self.seen[block.name]], -2)
+            rows = [self._spec(block).input_rows(x) for x in self.seen[block.name]]
+            self._rows[block.name] = torch.cat(rows, -2).to(block.dtype)
         return self._rows[block.name]
+
+    def _output_rows(self, block: Block, ds: Sequence[Tensor]) -> Tensor:
+        return torch.cat([self._spec(block).output_rows(d) for d in ds], -2).to(block.dtype)
 
     def _packed(self, block: Block, pulled: Any, rows_wanted: bool | None) -> Packed:
         deltas, direct = pulled
         if block.name not in self.slots:
             return block.pack(direct)
         if block.name not in self.seen:
-            return self.slots[block.name][0].zeros().new_zeros(block.shape)
-        spec = block.spec
-        assert spec is not None
+            return self.slots[block.name][0].zeros().new_zeros(block.shape, dtype=block.dtype)
         xs = self.seen[block.name]
         ds = deltas[block.name][: len(xs)]
         if rows_wanted is None:
             rows_wanted = prefers_rows(block.shape, sum(d.numel() for d in ds) // math.prod(block.shape[:-1]))
         if rows_wanted:
-            return LowRank(torch.cat([spec.output_rows(d) for d in ds], -2), self.input_rows(block))
-        gradients = [spec.gradient(x, d) for x, d in zip(xs, ds, strict=True)]
+            return LowRank(self._output_rows(block, ds), self.input_rows(block))
+        gradients = [self._spec(block).gradient(x, d).to(block.dtype) for x, d in zip(xs, ds, strict=True)]
         return gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(0)
 
     def gradients(self, pulled: Any) -> dict[str, Packed]:
@@ -178,17 +186,16 @@ class Packing:
         return {b.name: self._some_rows(b, pulled) if b.name in rows else self._packed(b, pulled, False) for b in based}
 
     def _some_rows(self, block: Block, pulled: Any) -> LowRank:
-        spec, xs = block.spec, self.seen[block.name]
-        assert spec is not None
+        spec, xs = self._spec(block), self.seen[block.name]
         ds = pulled[0][block.name][: len(xs)]
         if all(spec.has_positions(x) and len(x) > _STATISTICS_EXAMPLES for x in xs):
             scale = [math.sqrt(len(x) / _STATISTICS_EXAMPLES) for x in xs]
             chosen = [spread(len(x), _STATISTICS_EXAMPLES, x.device) for x in xs]
             ds = [d[i] * factor for d, i, factor in zip(ds, chosen, scale, strict=True)]
-            a = torch.cat([spec.input_rows(x[i]) for x, i in zip(xs, chosen, strict=True)], -2)
+            a = torch.cat([spec.input_rows(x[i]) for x, i in zip(xs, chosen, strict=True)], -2).to(block.dtype)
         else:
             a = self.input_rows(block)
-        rows = LowRank(torch.cat([spec.output_rows(d) for d in ds], -2), a)
+        rows = LowRank(self._output_rows(block, ds), a)
         count = rows.d.shape[-2]
         few = count <= _STATISTICS_ROWS
         return rows if few else thinned(rows, _STATISTICS_ROWS, math.sqrt(count / _STATISTICS_ROWS))
@@ -199,9 +206,9 @@ class Packing:
         direct: Params = {}
         for b in self.blocks:
             if b.name in self.slots:
-                assert b.spec is not None
-                calls = [b.spec.tangent(x, v[b.name]) for x in self.seen.get(b.name, [])]
-                moved[b.name] = calls + [s.zeros() for s in self.slots[b.name][len(calls) :]]
+                slots, xs = self.slots[b.name], self.seen.get(b.name, [])
+                calls = [self._spec(b).tangent(x, cast(v[b.name], s.dtype)) for x, s in zip(xs, slots, strict=False)]
+                moved[b.name] = calls + [s.zeros() for s in slots[len(calls) :]]
             else:
-                direct |= b.unpack(dense(v[b.name]), params)
-        return moved, direct
+                direct |= {k: t.to(params[k].dtype) for k, t in b.unpack(dense(v[b.name]), params).items()}
+        return {name: moved[name] for name in self.slots}, direct  # in the order of the probes

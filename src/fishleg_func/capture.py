@@ -7,20 +7,21 @@ forming a weight gradient. Hooks are inert outside of a step, and ``torch.compil
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import _checks
 from ._recompute import without_recomputation
 from ._types import Call, Inputs, Linearization, Params, Slot
+from .kernels import differentiable_kernels
 
 Slots = dict[str, list[Slot]]
 Seen = dict[str, list[Tensor]]
+Keep = Callable[[tuple[Any, ...], dict[str, Any], Tensor], Tensor]
 
 
 class StaleSlots(RuntimeError):
@@ -42,12 +43,19 @@ class Capture:
     Args:
         model: The model; its code and state are not touched.
         layers: The modules to hook, by block name.
+        keep: From a call of a layer to what is kept of it, by block name; see :meth:`LayerSpec.keep`.
         output: From what the model returns to one tensor of natural parameters.
     """
 
-    def __init__(self, model: nn.Module, layers: dict[str, nn.Module], output: Callable[[Any], Tensor] | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        keep: Mapping[str, Keep],
+        output: Callable[[Any], Tensor] | None,
+    ) -> None:
         self.model = model
-        self.output = output
+        self.output, self._keep = output, keep
         self._ties = find_ties(model)
         self._record: _Record | None = None
         self._slots: dict[Any, Slots] = {}
@@ -89,7 +97,7 @@ class Capture:
                 f"it did just before, in calls of shapes {[tuple(p.shape) for p in probes]}; let its calls depend on "
                 "nothing but the inputs and the global random stream"
             )
-        calls.append(args[0] if args else kwargs["input"])
+        calls.append(self._keep[name](args, kwargs, out))
         return out + probes[len(calls) - 1]
 
     @contextlib.contextmanager
@@ -104,7 +112,7 @@ class Capture:
         out = call_model(self.model, replaced, inputs, self._ties)
         out = out if self.output is None else self.output(out)
         _checks.tensor_output(out)
-        return out
+        return out.to(torch.promote_types(out.dtype, torch.float32))  # likelihoods need the digits
 
     def key(self, inputs: Inputs) -> tuple[Any, ...]:
         """Return what the calls of layers may depend on: shapes and flags of the inputs, modes of modules."""
@@ -288,38 +296,6 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 def _inert() -> Callable[..., None]:
     return _nothing
-
-
-@contextlib.contextmanager
-def differentiable_kernels(model: nn.Module, *, twice: bool) -> Iterator[None]:
-    """Choose kernels that can be differentiated: without gradients, torch takes others for attention and LSTM.
-
-    Args:
-        model: What will be run.
-        twice: Whether second derivatives are needed too.
-    """
-    if twice:
-        with sdpa_kernel(SDPBackend.MATH), _without_fast_paths(model):
-            yield
-    else:
-        with _without_fast_paths(model):
-            yield
-
-
-@contextlib.contextmanager
-def _without_fast_paths(model: nn.Module) -> Iterator[None]:
-    """Switch off the fast paths of attention and LSTM: global flags, which compiled code leaves as they are."""
-    if torch.compiler.is_compiling():
-        yield
-        return
-    with contextlib.ExitStack() as stack:
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
-        if any(isinstance(m, nn.LSTM) for m in model.modules()):
-            set_flags: Any = torch.backends.mkldnn.set_flags
-            enabled = set_flags(_enabled=False, _fp32_precision=None)[0]
-            stack.callback(set_flags, _enabled=enabled, _fp32_precision=None)
-        yield
 
 
 RandomState = dict[int, Tensor]

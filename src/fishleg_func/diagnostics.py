@@ -81,7 +81,7 @@ def report(
     Args:
         model: The model.
         plan: What was planned for it.
-        unhooked: Blocks whose gradient is taken by autograd.
+        unhooked: Layers whose hook was found not to tell their gradient.
         state: All tensors kept for each block.
         likelihood: The likelihood, or ``None`` before it is resolved.
 
@@ -101,7 +101,7 @@ def report(
         counted.add(block.name)
         size = sum(t.numel() * t.element_size() for t in state[block.name]) if first else 0
         share = flops[block.name] / sum(flops.values()) if first else 0.0
-        capture = "autograd" if block.name in unhooked else "rows"
+        capture = "rows" if block.name in plan.layers and block.name not in unhooked else "autograd"
         rows.append(Row(name, tuple(p.shape), block.name, block.family, capture, block.shape, size, share))
     return Report(tuple(rows), "resolved from the first targets" if likelihood is None else repr(likelihood))
 

@@ -133,6 +133,7 @@ def fishlegify(
     _check(options, lr, beta, weight_decay, damping, aux_lr, aux_betas, aux_eps)
     likelihood = None if likelihood is None else as_likelihood(likelihood)
     plan = make_plan(model, q, include, exclude)
+    _checks.digits_for(fisher, model)
     every = [p for module in plan.q.values() for p in module.parameters()]
     device, dtype = every[0].device, max((p.dtype for p in every), key=lambda d: torch.finfo(d).bits)
     strays = {str(p.device) for p in model.parameters() if p.device != device}

@@ -20,11 +20,11 @@ from ._types import Inputs, Linearization, Params
 from .capture import (
     call_model,
     cloned_buffers,
-    differentiable_kernels,
     find_ties,
     kept_random_state,
     pushforward_of,
 )
+from .kernels import differentiable_kernels
 from .likelihoods import Likelihood
 
 KINDS = ("exact", "sampled", "empirical", "antithetic")

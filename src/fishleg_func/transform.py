@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +13,14 @@ from torch import nn
 
 from . import _checks
 from .blocks import Block
+from .capture import Keep
 from .families import FAMILIES
-from .layers import find_spec, table_shape
+from .layers import LayerSpec
+from .packed import find_layouts, is_table, table_shape
 from .qmodules import QModule
+from .registry import find_spec
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 ROOT = "(root)"
 """Name of the block of a model that is itself a layer."""
@@ -40,6 +46,10 @@ class Plan:
     layers: Mapping[str, nn.Module]
     q: Mapping[str, QModule]
     left_alone: Mapping[str, str]
+
+    def keep(self) -> dict[str, Keep]:
+        """Return what is kept of a call of each hooked layer, by block name."""
+        return {b.name: b.spec.keep for b in self.blocks if isinstance(b.spec, LayerSpec)}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -94,10 +104,10 @@ def select(
             left_alone[name] = "excluded"
         elif isinstance(p, nn.parameter.UninitializedParameter):
             raise ValueError(f"parameter {name!r} of a lazy module must be initialized: run the model on a batch first")
-        elif p.dtype not in (torch.float32, torch.float64):
+        elif p.dtype not in _DTYPES:
             raise ValueError(
-                f"parameter {name!r} of dtype {p.dtype} must be float32 or float64: convert the model with .float(), "
-                f"or leave it alone with exclude={name!r}"
+                f"parameter {name!r} of dtype {p.dtype} must be float32, float64, bfloat16 or float16: convert it, or "
+                f"leave it alone with exclude={name!r}"
             )
     chosen = {name: p for name, p in params.items() if name not in left_alone}
     if not chosen:
@@ -105,19 +115,39 @@ def select(
     return chosen, left_alone
 
 
-def _layer_blocks(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> dict[str, tuple[Block, nn.Module]]:
-    """Return the blocks of layers with a spec, by name, parameters that several modules own left out."""
+def _widest(chosen: Mapping[str, nn.Parameter]) -> torch.dtype:
+    """Return the dtype of all that is packed: float32, or wider where a parameter is."""
+    return functools.reduce(torch.promote_types, {p.dtype for p in chosen.values()}, torch.float32)
+
+
+def _blocks(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> tuple[list[Block], dict[str, nn.Module]]:
+    """Return a block for every parameter, and the modules to hook by block name.
+
+    Parameters that several modules own are left out of what a module packs together, and stand alone.
+    """
+    dtype = _widest(chosen)
     owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
-    found: dict[str, tuple[Block, nn.Module]] = {}
+    tables = {p for m in model.modules() if is_table(m) for p in m.parameters(recurse=False)}
+    blocks: list[Block] = []
+    hooked: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        own = [n for n, p in module.named_parameters(recurse=False) if owners[p] == 1 and prefix + n in chosen]
-        local = {n: prefix + n for n in own}
-        spec = find_spec(module, tuple(local)) if local else None
+        own = {n: p for n, p in module.named_parameters(recurse=False) if owners[p] == 1 and prefix + n in chosen}
+        spec = find_spec(module, tuple(own)) if own else None
         if spec is not None:
-            name = path or ROOT
-            found[name] = (Block(name, spec.family, spec.shape, local, spec), module)
-    return found
+            hooked[path or ROOT] = module
+        for layout in [spec] if spec else find_layouts(module, own):
+            whole = layout is spec or layout.names[0] == "weight"
+            name = (path or ROOT) if whole else prefix + layout.names[0]
+            names = {n: prefix + n for n in (own if layout is spec else layout.names)}
+            blocks.append(Block(name, layout.family, layout.shape, names, layout, dtype))
+    covered = {name for block in blocks for name in block.names.values()}
+    for name, p in chosen.items():
+        if name not in covered:
+            shape = table_shape(p)
+            family = "embedding" if p in tables else "kfac" if min(shape) > 1 else "diagonal"
+            blocks.append(Block(name, family, shape, {name.rpartition(".")[2]: name}, None, dtype))
+    return blocks, hooked
 
 
 def make_plan(
@@ -130,8 +160,8 @@ def make_plan(
 
     Args:
         model: The model; only looked at.
-        q: A family for all layers, or families by glob pattern, the first that matches a block or its parameters; or
-            ``"joint"``.
+        q: A family for all that has ``"kfac"`` by default, or families by glob pattern, the first that matches a
+            block or its parameters; or ``"joint"``.
         include: Globs of what to train.
         exclude: Globs of what not to train.
 
@@ -145,38 +175,31 @@ def make_plan(
     chosen, left_alone = select(model, include, exclude)
     if q == JOINT:
         return _joint_plan(chosen, left_alone)
-    layered = _layer_blocks(model, chosen)
-    covered = {name for block, _ in layered.values() for name in block.names.values()}
-    tables = {
-        f"{path}.weight" if path else "weight" for path, m in model.named_modules() if isinstance(m, nn.Embedding)
-    }
-    blocks = [block for block, _ in layered.values()]
-    for name, p in chosen.items():
-        if name not in covered:
-            family = "embedding" if name in tables else "diagonal"
-            blocks.append(Block(name, family, table_shape(p), {name.rpartition(".")[2]: name}, None))
+    trained = set(chosen.values())
+    _checks.plain_tables(
+        {path: m for path, m in model.named_modules() if is_table(m) and trained & set(m.parameters(recurse=False))}
+    )
+    blocks, hooked = _blocks(model, chosen)
     families = _families(q, blocks)
     modules = {}
     for i, block in enumerate(blocks):
         label, factory = families[block.name]
-        first = chosen[next(iter(block.names.values()))]
-        modules[block.name] = factory(block.shape, dtype=first.dtype, device=first.device)
+        device = chosen[next(iter(block.names.values()))].device
+        modules[block.name] = factory(block.shape, dtype=block.dtype, device=device)
         if not isinstance(modules[block.name], QModule):
             raise TypeError(
                 f"q for {block.name!r} made a {type(modules[block.name]).__name__}, and must make a QModule"
             )
-        blocks[i] = Block(block.name, label, block.shape, block.names, block.spec)
-    return Plan(tuple(blocks), {name: module for name, (_, module) in layered.items()}, modules, left_alone)
+        blocks[i] = replace(block, family=label)
+    return Plan(tuple(blocks), hooked, modules, left_alone)
 
 
 def _joint_plan(chosen: Mapping[str, nn.Parameter], left_alone: Mapping[str, str]) -> Plan:
     """Return the plan of one dense Q over all parameters, which knows how layers depend on each other."""
-    if len({(p.dtype, p.device) for p in chosen.values()}) > 1:
-        raise ValueError("q='joint' needs all parameters to be of one dtype and on one device; convert the model")
     first = next(iter(chosen.values()))
     shape = (1, sum(p.numel() for p in chosen.values()))
-    block = Block(JOINT, JOINT, shape, {name: name for name in chosen}, None)
-    return Plan((block,), {}, {JOINT: FAMILIES["dense"](shape, dtype=first.dtype, device=first.device)}, left_alone)
+    block = Block(JOINT, JOINT, shape, {name: name for name in chosen}, None, _widest(chosen))
+    return Plan((block,), {}, {JOINT: FAMILIES["dense"](shape, dtype=block.dtype, device=first.device)}, left_alone)
 
 
 def _families(
@@ -191,7 +214,7 @@ def _families(
         family: Any = block.family
         if isinstance(q, Mapping):
             family = next((f for pattern, f in q.items() if _checks.matches(pattern, names[block.name])), family)
-        elif block.spec is not None:
+        elif family == "kfac":
             family = q
         if isinstance(family, str):
             _checks.choice("q", family, FAMILIES if isinstance(q, Mapping) else (*FAMILIES, JOINT))
