@@ -6,13 +6,13 @@ Every entry of ``CASES`` makes a randomly initialized model. Packages are import
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision_repair import repair
 
 import fishleg_func as ff
 
@@ -63,20 +63,8 @@ def pictures(size: int, channels: int = 3) -> tuple[Tensor, Tensor]:
 
 
 def package(name: str) -> Any:
-    """Import timm or transformers, both of which import torchvision where it is installed.
-
-    That fails where torchvision was built for CUDA and torch for the CPU: declarations of two operators are missing,
-    which no model here calls.
-    """
-    try:
-        if importlib.util.find_spec("torchvision"):
-            importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "operator torchvision::nms does not exist" not in str(error):
-            raise
-        for operator in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{operator}", "(Tensor boxes, Tensor scores, float limit) -> Tensor")
-        importlib.import_module("torchvision")
+    """Import timm or transformers."""
+    repair()
     return importlib.import_module(name)
 
 

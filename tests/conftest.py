@@ -1,10 +1,18 @@
 """What every test starts from: one thread, a seed, and Hypothesis that draws the same examples everywhere."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from torchvision_repair import repair
+
+repair()
 
 torch.set_num_threads(1)  # sums in one order, and no fight over few cores
 

@@ -108,8 +108,9 @@ def _forms(layer: str, aux: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> 
     """Return the forms of the blocks of one layer, by the names that our blocks have."""
     prefix = f"{layer}." if layer else ""
     if aux.keys() == {"L_w", "L_b"}:  # a norm; the original keeps L_b also for one without a bias
-        pairs = ((f"{prefix}weight", aux["L_w"]), (f"{prefix}bias", aux["L_b"]))
-        return {name: _Form(root.abs()) for name, root in pairs if name in own}
+        if f"{prefix}bias" in own:
+            return {layer or ROOT: _Form(torch.stack((aux["L_w"].abs(), aux["L_b"].abs()), -1))}
+        return {f"{prefix}weight": _Form(aux["L_w"].abs())}
     if aux.keys() >= {"K", "Q", "V", "O"}:
         raise _Unmapped(
             "attention of BERT, where one Q couples keys with queries and values with the output: no family does that, "

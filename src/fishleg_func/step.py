@@ -211,13 +211,12 @@ class FishLegStep(Engine):
             A :class:`~fishleg_func.diagnostics.Report` with one row for each parameter of the model.
         """
         plan = self._runner.plan
-        direct = self._runner.unhooked | {b.name for b in plan.blocks if b.spec is None}
         momentum = {k: [self._momentum[k]] if self._momentum else [] for k in self.q}
         state = {
             k: [*q.parameters(), *q.buffers(), *self._curvature.own(k), self._direction[k], *momentum[k]]
             for k, q in self.q.items()
         }
-        return diagnostics.report(self.model, plan, direct, state, self.likelihood)
+        return diagnostics.report(self.model, plan, self._runner.unhooked, state, self.likelihood)
 
     def __reduce__(self) -> NoReturn:
         """Refuse to be copied or pickled: hooks belong to one model.
