@@ -215,3 +215,13 @@ def test_copies_are_refused() -> None:
     optimizer = optimizer_of(built("mlp"))
     with pytest.raises(TypeError, match="load_state_dict"):
         copy.deepcopy(optimizer)
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    for make in (lambda m: ff.fishlegify(m, Categorical()), lambda m: ff.FishLeg(m, Categorical())):
+        model = built("mlp")
+        with pytest.raises(RuntimeError, match="2 processes train together"):
+            make(model)
+        assert not any(m._forward_hooks for m in model.modules())

@@ -30,6 +30,17 @@ def no_backward_hooks(model: nn.Module) -> None:
         )
 
 
+def one_process() -> None:
+    """Raise RuntimeError where several processes train together: their Q would differ, and then their parameters."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = torch.distributed.get_world_size()
+        if world > 1:
+            raise RuntimeError(
+                f"{world} processes train together, and there must be one: Q is not shared between processes yet, and "
+                "replicas would drift apart in silence; train on one device"
+            )
+
+
 def differentiable_by_func(error: RuntimeError) -> None:
     """Raise a RuntimeError with the remedy if ``error`` is torch.func's refusal of something inside of the model."""
     refused = ("saved tensor hooks", "setup_context", "requires_grad_()")

@@ -101,6 +101,7 @@ def fishlegify(
         The stepping function, ``loss = step(inputs, targets)``.
 
     Raises:
+        RuntimeError: If several processes train together.
         TypeError: If the model or the likelihood is not one.
         ValueError: If an argument is out of its range, a pattern matches nothing, or there is nothing to train.
 
@@ -124,6 +125,7 @@ def fishlegify(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} must be a torch.nn.Module; pass the module itself")
+    _checks.one_process()
     model = unwrapped(model)
     if generator is not None:
         _checks.kind("generator", generator, torch.Generator, "a torch.Generator")
