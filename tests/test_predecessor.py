@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import test_predecessor_likelihoods
 import test_predecessor_modules
+import test_predecessor_optimizer
 import torch
 import torch.nn.functional as F
 from test_predecessor_modules import X, Y, linear, mlp, values
@@ -18,15 +19,22 @@ from fishleg_func import auxiliary
 from fishleg_func.families import FAMILIES
 from fishleg_func.likelihoods import Categorical, Gaussian
 
-DEFECTS = {*range(1, 18), *range(21, 33), *range(33, 46), *range(60, 66), 67}
+DEFECTS = {*range(1, 18), *range(21, 46), *range(47, 79)}
 CANNOT_APPLY = {
-    30: "there are no parameter groups: one step trains what include and exclude choose",
     39: "there are no layer classes of our own that would pass arguments to torch's",
+    70: "the documentation is built from the docstrings, and a test compares names in both directions",
+    71: "our examples are run by tests",
+    72: "our examples are run by tests, and their losses are means over examples by the likelihood",
+    73: "there is no such analysis; dense matrices come from the oracle",
+    76: "there is no table of layers of our own",
+    77: "with 74",
+    78: "the oracle is tested against closed forms, and Q for symmetry",
 }
 
 
 def test_every_defect_is_tested_or_listed() -> None:
     names = [*globals(), *vars(test_predecessor_likelihoods), *vars(test_predecessor_modules)]
+    names += [*vars(test_predecessor_optimizer)]
     tested = {int(m[1]) for name in names if (m := re.match(r"test_d(\d\d)_", name))}
     assert tested.isdisjoint(CANNOT_APPLY)
     assert tested | CANNOT_APPLY.keys() == DEFECTS
