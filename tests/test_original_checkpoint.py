@@ -114,10 +114,9 @@ def test_a_model_that_is_one_layer(layer: nn.Module) -> None:
     aux = {name.removeprefix("fishleg_aux."): x for name, x in aux_of(layer).items()}
     u = {name: randn(*p.shape, seed=7) for name, p in layer.named_parameters()}
     expected = original_qv(layer, aux, u)
-    ours = {name: q(u[name].view(q.shape)).view(u[name].shape) for name, q in step.q.items() if name in u}
-    if "(root)" in step.q:
-        v = step.q["(root)"](torch.cat((u["weight"], u["bias"][:, None]), 1))
-        ours = {"weight": v[:, :-1], "bias": v[:, -1]}
+    ours: dict[str, Tensor] = {}
+    for block in step.inverse_fisher().blocks:
+        ours |= block.unpack(step.q[block.name](block.pack(u)), u)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
 
 
