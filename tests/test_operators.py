@@ -371,7 +371,7 @@ def test_joint_is_one_dense_block_and_trains() -> None:
     assert {row.treatment for row in step.report().rows} == {"joint"}
 
 
-def test_joint_needs_one_dtype() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
-    with pytest.raises(ValueError, match="q='joint' needs all parameters to be of one dtype"):
-        ff.fishlegify(model, ff.likelihoods.Gaussian(), q="joint")
+def test_joint_is_of_the_widest_dtype() -> None:
+    model = nn.Sequential(nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2).double())
+    (q,) = ff.fishlegify(model, ff.likelihoods.Gaussian(), q="joint").q.values()
+    assert {p.dtype for p in q.parameters()} == {torch.float64}

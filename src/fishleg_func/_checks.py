@@ -255,11 +255,12 @@ def tangent(v: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
 
 
 def _same_kind(own: Any, given: Any) -> bool:
-    """Tell whether both are tensors, or both integers; formats that know tensors only keep these as 0-d ones."""
+    """Tell whether both are tensors, or numbers of a type; formats that know tensors only keep these as 0-d ones."""
     if isinstance(own, Tensor):
         return isinstance(given, Tensor)
-    whole = isinstance(given, Tensor) and given.ndim == 0 and not given.is_floating_point()
-    return whole or isinstance(given, int)
+    if isinstance(given, Tensor):
+        return given.ndim == 0 and given.is_floating_point() == isinstance(own, float)
+    return isinstance(given, type(own))
 
 
 def direction(v: Mapping[str, Any], shapes: Mapping[str, torch.Size], where: torch.device) -> None:
@@ -309,7 +310,7 @@ def same_state(own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     missing, unknown = sorted(set(own) - set(given)), sorted(set(given) - set(own))
     wrong_kind = [k for k in own if k in given and not _same_kind(own[k], given[k])]
     if wrong_kind:
-        raise ValueError(f"the state has entries {wrong_kind} that are not what they must be: tensors, or integers")
+        raise ValueError(f"the state has entries {wrong_kind} that are not what they must be: tensors, or numbers")
     both = [k for k in own if k in given and isinstance(own[k], Tensor)]
     wrong = [
         f"{k}: {tuple(given[k].shape)} instead of {tuple(own[k].shape)}" for k in both if given[k].shape != own[k].shape

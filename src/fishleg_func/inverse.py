@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -188,7 +189,8 @@ class InverseFisher(Operator):
         block_of = {name: block.name for block in self.blocks for name in block.names.values()}
         kinds = {name: next(q[block_of[name]].parameters()) for name in self.names}
         params = {name: torch.empty(self.shapes[name], dtype=p.dtype, device=p.device) for name, p in kinds.items()}
-        moved = InverseFisher(self.blocks, q, params, self.damping)
+        blocks = [replace(block, dtype=next(q[block.name].parameters()).dtype) for block in self.blocks]
+        moved = InverseFisher(blocks, q, params, self.damping)
         moved.fit = self.fit
         return moved
 
