@@ -114,6 +114,7 @@ def test_logging_changes_no_bit_of_a_training(name: str) -> None:
     assert_same_state(steps[0].state_dict(), steps[1].state_dict())
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_measured_as_an_eager_one() -> None:
     found = []
     for backend in (None, "eager"):

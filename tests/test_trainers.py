@@ -57,7 +57,7 @@ def test_lightning_example_goes_on_from_its_checkpoint(lightning_digits: ModuleT
     assert half.losses + rest.losses == whole.losses
     assert torch.equal(parameters(rest), parameters(whole))
     assert whole.losses[-1] < 0.4 * whole.losses[0]
-    assert trainer.callback_metrics["accuracy"] > 0.9
+    assert trainer.callback_metrics["accuracy"] > 0.85
 
     with next((tmp_path / "whole").rglob("metrics.csv")).open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["fishleg/step_norm/2"]]
