@@ -1,6 +1,6 @@
 """FishLeg as a model transform: natural-gradient training with a learned inverse Fisher."""
 
-from . import families, likelihoods, reference
+from . import families, likelihoods, logs, reference
 from ._types import Accuracy, Hyper, LowRank
 from .checkpoints import save_checkpoint
 from .conjugate import Solution
@@ -40,6 +40,7 @@ __all__ = [
     "fishlegify",
     "likelihoods",
     "load_original_checkpoint",
+    "logs",
     "reference",
     "register_layer",
     "save_checkpoint",

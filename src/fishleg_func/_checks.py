@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -334,4 +335,31 @@ def all_patterns_match(argument: str, patterns: Iterable[str], names: Collection
         raise ValueError(
             f"{argument}: the patterns {unmatched} match no parameter or module and must match at least one; names "
             f"here: {sorted(names)[:12]}{'...' if len(names) > 12 else ''}"
+        )
+
+
+def group(values: Mapping[str, Any]) -> None:
+    """Raise unless what a group of parameters holds is in its range; schedulers may set a rate of zero."""
+    number("lr", float(values["lr"]), 0, math.inf, "use a small value such as 3e-2")
+    number("weight_decay", float(values["weight_decay"]), 0, math.inf, "use 0 for none")
+    if len(values["betas"]) != 1:
+        raise ValueError(f"betas={values['betas']} must be one number, (beta,); use (0.9,)")
+    number("beta", float(values["betas"][0]), 0, 1, "use 0.9, or 0 for no momentum")
+    if values["damping"] is not None:
+        number("damping", float(values["damping"]), 0, math.inf, "use None, or 1e-3", low_open=True)
+
+
+def no_parallel_wrapper(model: nn.Module) -> None:
+    """Raise TypeError for a module that only distributes another."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TypeError(f"the model is a {type(model).__name__}, and must be the module inside; pass model.module")
+
+
+def gradient_was_seen(cotangent: Tensor | None) -> None:
+    """Warn where the gradient at the outputs is not known, from which masks are told."""
+    if cotangent is None:
+        warnings.warn(
+            "no gradient came by at the model's outputs, so Q takes no term of the loss for a masked one; let the loss "
+            "be computed from the very tensor that the model, or output=, returns",
+            stacklevel=4,
         )

@@ -36,6 +36,7 @@ class Probe(NamedTuple):
         w: Gradient of A in v, preconditioned where asked for.
         square: :math:`u^\top Qu`, 0-d.
         loss: A(λ), 0-d.
+        parts: Its terms by block, in the order of the operators; A is their sum.
     """
 
     operators: Mapping[str, Roots]
@@ -44,6 +45,7 @@ class Probe(NamedTuple):
     w: Mapping[str, Packed]
     square: Tensor
     loss: Tensor
+    parts: Tensor
 
 
 def probe(
@@ -77,11 +79,12 @@ def probe(
     fv = fisher(v)
     minus = -torch.ones_like(factor)
     w = {k: add(fv[k], add(scale(u[k], minus), scale(v[k], damping[k]))) for k in q}
-    quadratic = total(inner(v[k], fv[k]) + damping[k] * inner(v[k], v[k]) for k in q)
-    square = total(inner(u[k], v[k]) for k in q)
+    quadratics = torch.stack([inner(v[k], fv[k]) + damping[k] * inner(v[k], v[k]) for k in q])
+    squares = torch.stack([inner(u[k], v[k]) for k in q])
+    square = squares.sum()
     if preconditioned:
         w = {k: q[k].act(operators[k], w[k]) for k in q}
-    return Probe(operators, u, v, w, square, 0.5 * quadratic - square)
+    return Probe(operators, u, v, w, square, 0.5 * quadratics.sum() - square, 0.5 * quadratics - squares)
 
 
 def make_relative(rate: Tensor) -> Rule:

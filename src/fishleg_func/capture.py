@@ -15,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from . import _checks
+from ._autocast import without_autocast
 from ._recompute import without_recomputation
 from ._types import Call, Inputs, Linearization, Params, Slot
 from .kernels import differentiable_kernels
@@ -236,7 +237,7 @@ def _own_run() -> Iterator[None]:
         return
     outer, _running[0] = _running[0], True
     try:
-        with without_recomputation():
+        with without_recomputation(), without_autocast():
             yield
     finally:
         _running[0] = outer

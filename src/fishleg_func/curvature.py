@@ -65,6 +65,7 @@ class Curvature:
 
     Attributes:
         skipped: 0-d tensor: auxiliary updates left out, and compiled steps skipped, for non-finite numbers.
+        losses: A(λ) before the last update and its terms by block, ``[1 + blocks]``; NaN before the first.
     """
 
     def __init__(self, q: Mapping[str, QModule], rule: auxiliary.Rule, groups: Groups, options: Options) -> None:
@@ -73,6 +74,7 @@ class Curvature:
         scalar = groups.hypers[0].lr
         self.operators: dict[str, Roots] = {k: tuple(t.detach() for t in q.operator()) for k, q in self.q.items()}
         self.skipped = torch.zeros((), dtype=torch.int64, device=scalar.device)
+        self.losses = scalar.new_full((1 + len(self.q),), torch.nan)
         self._level = scalar.new_zeros(2)  # of the Fisher of the outputs: running mean, largest
         self._count = torch.zeros((), dtype=torch.int64, device=scalar.device)  # of the batches in it
         self._versions = self._tensor_versions()
@@ -142,6 +144,7 @@ class Curvature:
         probe, ok = prepared.probe, prepared.ok
         if probe is None:
             return Learned(torch.zeros_like(prepared.level), self._carries(prepared, _stay), ok)
+        assign_(self.losses, torch.cat((probe.loss[None], probe.parts)), ok)
         finite, changed = probe.loss.isfinite(), ok
         if torch.compiler.is_compiling():
             self.skipped.add_((~finite if ok is None else ok & ~finite).long())

@@ -129,6 +129,22 @@ def accuracy(
     return Accuracy(float(torch.stack(overall).mean()), mean)
 
 
+def flat(columns: Mapping[str, Tensor], blocks: Sequence[str], measured: Accuracy | None) -> dict[str, float]:
+    """Return measurements by name for a logger, with one transfer from the device.
+
+    Args:
+        columns: Overall value, then one for each block, by name.
+        blocks: Their names.
+        measured: The accuracy of Q, where it was measured.
+    """
+    keys = [f"fishleg/{name}{of}" for name in columns for of in ("", *(f"/{b}" for b in blocks))]
+    found = dict(zip(keys, torch.cat(list(columns.values())).tolist(), strict=True))
+    if measured is not None:
+        found["fishleg/accuracy"] = measured.overall
+        found |= {f"fishleg/accuracy/{b}": measured.layers[b] for b in blocks}
+    return found
+
+
 def log_resolved(likelihood: Likelihood) -> None:
     """Say which likelihood was chosen."""
     logger.info("likelihood resolved from the first targets: %r", likelihood)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _checks, auxiliary
 from ._noise import Noise
-from ._trees import dense, descend_, inverse_or_zero, total
+from ._trees import assign_, dense, descend_, inverse_or_zero, total
 from ._types import Groups, Hyper, Inputs, Options, Packed, Params
 from .batch import Batch, Runner
 from .capture import restored_on_error, tensors_restored_on_error
@@ -55,6 +55,7 @@ class Engine:
         self.q, self.skipped = self._curvature.q, self._curvature.skipped
         self._averages = Momentum(self._curvature, options.momentum)
         self._direction, self._momentum = self._averages.p, self._averages.m
+        self._lengths = hyper.lr.new_full((3, len(self.q)), torch.nan)  # of the last step: η, s(p) / p, and ‖p‖
         self._noise, self._meter = Noise(seed, runner.device), Noise(~seed, runner.device)  # of training, of accuracy()
         self._t = 0  # steps so far
         self._updates = 0  # calls of update_aux so far
@@ -204,7 +205,10 @@ class Engine:
             p, ok = self._learn(source, batch_for_q(), refresh, ok)
         else:
             p, ok = self._averages.average(loss, g, ok)
-        self._move(p, self._step_scales(p, g), ok)
+        norms = {k: torch.linalg.vector_norm(direction) for k, direction in p.items()}
+        scales = self._step_scales(p, g, norms)
+        self._move(p, scales, ok)
+        self._note(scales, norms, ok)
         if ok is not None:
             self.skipped.add_((~ok).long())
         self._noise.advance_()
@@ -243,11 +247,13 @@ class Engine:
             return {k: noise.normal(p, i) for i, (k, p) in enumerate(self._direction.items())}
         return source.probe(self.q)
 
-    def _step_scales(self, p: Mapping[str, Tensor], g: Mapping[str, Packed]) -> dict[str, Tensor]:
+    def _step_scales(
+        self, p: Mapping[str, Tensor], g: Mapping[str, Packed], norms: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Return s(p) / p of each block that moves, a 0-d tensor."""
         if self._options.step_norm == "layer":
             blocks = [b for b in self._runner.plan.blocks if b.name in p]
-            return {b.name: b.target_norm() * inverse_or_zero(torch.linalg.vector_norm(p[b.name])) for b in blocks}
+            return {b.name: b.target_norm() * inverse_or_zero(norms[b.name]) for b in blocks}
         factor = torch.ones_like(self.hyper.lr)
         if self._options.step_norm == "kl":
             lr = {k: self._groups.hypers[self._groups.of_block[k]].lr for k in p}
@@ -267,6 +273,13 @@ class Engine:
                 group = self._groups.of_parameter[name]
                 rate = self._groups.hypers[group].lr * scales[block.name]
                 descend_(params[name], keeps[group], direction, rate, ok)
+
+    def _note(self, scales: Mapping[str, Tensor], norms: Mapping[str, Tensor], ok: Tensor | None) -> None:
+        """Keep the lengths of a step, for ``statistics``; blocks without a gradient have taken none."""
+        none = torch.zeros_like(self.hyper.lr)
+        rates = [self._groups.hypers[self._groups.of_block[k]].lr for k in self.q]
+        rows = (rates, [scales.get(k, none) for k in self.q], [norms.get(k, none) for k in self.q])
+        assign_(self._lengths, torch.stack([x for row in rows for x in row]).view_as(self._lengths), ok)
 
     def _sync(self) -> None:
         """Take up what was written into ``q`` from outside since the last eager call."""

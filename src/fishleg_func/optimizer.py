@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, overload
 
@@ -109,6 +109,7 @@ class FishLeg(torch.optim.Optimizer):
 
     def _build(self) -> None:
         """Make the step for the parameters that are in groups now."""
+        _checks.no_parallel_wrapper(self._called)
         model = unwrapped(self._called)
         names = {p: name for name, p in model.named_parameters()}
         every = [(p, i) for i, group in enumerate(self.param_groups) for p in group["params"]]
@@ -119,7 +120,14 @@ class FishLeg(torch.optim.Optimizer):
         self.fishleg = fishlegify(model, self._likelihood, include=include, **self._options)
         self.fishleg.regroup(len(self.param_groups), group_of)
         self._adopt()
-        self._watch = Watch(self._called, self._options.get("output"), self._watching)
+        me = weakref.ref(self)  # hooks live with the model, and must not keep the optimizer
+
+        def watching() -> bool:
+            optimizer = me()
+            return optimizer is not None and optimizer._watching()
+
+        self._watch = Watch(self._called, self._options.get("output"), watching)
+        weakref.finalize(self, self._watch.remove)
         self._first = every[0][0]
         self._ready = True
         self._expose()
@@ -146,9 +154,11 @@ class FishLeg(torch.optim.Optimizer):
 
         Raises:
             FloatingPointError: If a gradient is not finite; nothing is changed.
-            RuntimeError: If Q is to be updated, and no batch has passed through the model since the last step.
+            RuntimeError: If Q is to be updated, and no batch has passed through the model since the last step; or where
+                several processes train.
             ValueError: If a group holds a value out of its range, or a gradient is sparse.
         """
+        _checks.one_process()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -169,7 +179,7 @@ class FishLeg(torch.optim.Optimizer):
     def _adopt(self) -> None:
         """Bring what the groups say into force."""
         for group in self.param_groups:
-            _check_group(group)
+            _checks.group(group)
         for group, hyper in zip(self.param_groups, self.fishleg.hypers, strict=True):
             for value, tensor in (
                 (group["lr"], hyper.lr), (group["weight_decay"], hyper.weight_decay), (group["betas"][0], hyper.beta),
@@ -241,6 +251,7 @@ class FishLeg(torch.optim.Optimizer):
                 "pass aux_loader="
             )
         whole = join(passes)
+        _checks.gradient_was_seen(whole.cotangent)
         with kept_random_state(fishleg.model):
             set_random_state(whole.state)
             return fishleg.run(whole.call, None, whole.cotangent)
@@ -382,14 +393,3 @@ class _Source:
         if batch.has_gradient and self._optimizer.whole_batches:
             return batch.probe(q)
         return {k: self._g[k] if k in self._g else next(q[k].parameters()).new_zeros(q[k].shape) for k in q}
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    """Raise unless what a group holds is in its range; schedulers may set a rate of zero."""
-    _checks.number("lr", float(group["lr"]), 0, math.inf, "use a small value such as 3e-2")
-    _checks.number("weight_decay", float(group["weight_decay"]), 0, math.inf, "use 0 for none")
-    if len(group["betas"]) != 1:
-        raise ValueError(f"betas={group['betas']} must be one number, (beta,); use (0.9,)")
-    _checks.number("beta", float(group["betas"][0]), 0, 1, "use 0.9, or 0 for no momentum")
-    if group["damping"] is not None:
-        _checks.number("damping", float(group["damping"]), 0, math.inf, "use None, or 1e-3", low_open=True)

@@ -204,6 +204,38 @@ class FishLegStep(Engine):
         blocks = self._runner.plan.blocks
         return InverseFisher(blocks, self.q, covered(self.model, blocks), float(self.damping))
 
+    @torch.no_grad()
+    def statistics(self, inputs: Inputs | None = None, n: int = 8) -> dict[str, float]:
+        r"""Return what there is to log, as one flat dict that any logger takes; training is not changed by it.
+
+        Each comes overall, as in ``"fishleg/step_norm"``, and by block, as in ``"fishleg/step_norm/encoder.0"``:
+
+        - ``auxiliary_loss``: :math:`A(\lambda)` before the last update of Q, and each block's terms of it;
+        - ``damping``: γ, overall that of the first group of parameters;
+        - ``direction_norm``: :math:`\|p\|`, of the last step's direction;
+        - ``step_norm``: the length of the last step, without weight decay, at the rate of the block's first parameter;
+        - ``accuracy``: as :meth:`accuracy`, where inputs are given; it costs ``2 n`` Fisher products or so.
+
+        ``"fishleg/skipped"`` counts what was left out for non-finite numbers. What has not happened yet is NaN, so that
+        the keys are always the same. A compiled step is measured as an eager one is.
+
+        Args:
+            inputs: The batch on which the accuracy of Q is measured; ``None``: it is not.
+            n: Number of probes.
+
+        Returns:
+            Numbers by name.
+        """
+        rates, scales, norms = self._lengths.unbind()
+        by_block = {"direction_norm": norms, "step_norm": rates * scales * norms}
+        columns = {
+            "auxiliary_loss": self._curvature.losses,
+            "damping": torch.stack([self.damping, *self._curvature.damping().values()]),
+            **{name: torch.cat((torch.linalg.vector_norm(x)[None], x)) for name, x in by_block.items()},
+        }
+        measured = None if inputs is None else self.accuracy(inputs, n)
+        return {**diagnostics.flat(columns, list(self.q), measured), "fishleg/skipped": float(self.skipped)}
+
     def report(self) -> diagnostics.Report:
         """Return what is done with every parameter: Q family, shapes, bytes of state, share of FLOPs; printable.
 

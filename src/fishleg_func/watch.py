@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,32 +20,37 @@ class Pass:
     Args:
         call: What the model was called with, detached.
         state: The global random streams before it.
+        reached: Where it enters itself once a backward pass has come by.
 
     Attributes:
         outputs: Natural parameters, detached; ``None`` where they could not be told.
         cotangent: Gradient of the loss at the outputs, once a backward pass has come by.
-        reached: Whether a backward pass has come by.
     """
 
-    def __init__(self, call: Call, state: RandomState) -> None:
-        self.call, self.state = call, state
+    def __init__(self, call: Call, state: RandomState, reached: list[Pass]) -> None:
+        self.call, self.state, self._all_reached = call, state, reached
         self.outputs: Tensor | None = None
         self.cotangent: Tensor | None = None
-        self.reached = False
+
+    @property
+    def reached(self) -> bool:
+        """Whether a backward pass has come by."""
+        return any(p is self for p in self._all_reached)
 
     def touch(self, gradient: Tensor) -> None:
         """Note that a backward pass has reached something that the model returned."""
-        self.reached = True
+        if not self.reached:
+            self._all_reached.append(self)
 
     def take(self, gradient: Tensor) -> None:
         """Note the gradient at the outputs; where there are several backward passes, their sum."""
-        self.reached = True
+        self.touch(gradient)
         gradient = gradient.detach()
         self.cotangent = gradient if self.cotangent is None else self.cotangent + gradient
 
 
 class Watch:
-    """The hooks on a model, inert while nobody wants to know.
+    """The hooks on a model, inert while nobody wants to know, and in copies of the model.
 
     Args:
         model: The module that the training loop calls.
@@ -55,7 +61,8 @@ class Watch:
     def __init__(self, model: nn.Module, output: Callable[[Any], Tensor] | None, wanted: Callable[[], bool]) -> None:
         self._model, self._output, self._wanted = model, output, wanted
         self._state: RandomState | None = None
-        self._passes: list[Pass] = []
+        self._passes: list[weakref.ref[Pass]] = []  # the hooks hold them: each lives as long as its graph,
+        self._reached: list[Pass] = []  # or, once a backward pass has come by, until the step
         self._handles = [
             model.register_forward_pre_hook(self._before),
             model.register_forward_hook(self._after, with_kwargs=True),
@@ -63,17 +70,23 @@ class Watch:
 
     def passes(self) -> list[Pass]:
         """Return the forward passes that a backward pass has reached, oldest first."""
-        return [p for p in self._passes if p.reached]
+        return [p for ref in self._passes if (p := ref()) is not None and p.reached]
 
     def forget(self) -> None:
-        """Drop those passes; what was run forward, and not yet backward, stays."""
-        self._passes = [p for p in self._passes if not p.reached]
+        """Drop those passes; what was run forward, and not yet backward, stays while its graph does."""
+        self._passes = [ref for ref in self._passes if (p := ref()) is not None and not p.reached]
+        self._reached.clear()
 
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
         self._passes = []
+        self._reached.clear()
+
+    def __reduce__(self) -> tuple[Callable[[], Watch], tuple[()]]:
+        """Become an inert one in a copy of the model."""
+        return _inert, ()
 
     def _idle(self) -> bool:
         return torch.compiler.is_compiling() or is_own_run() or not torch.is_grad_enabled() or not self._wanted()
@@ -84,16 +97,40 @@ class Watch:
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         if self._state is None or self._idle():
             return
-        seen = Pass(_detached(Call(args, kwargs)), self._state)
+        seen = Pass(_detached(Call(args, kwargs)), self._state, self._reached)
         self._state = None
         natural = out if self._output is None else self._output(out)
         leaves = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad and t is not natural]
         if isinstance(natural, Tensor) and natural.requires_grad:
-            natural.register_hook(seen.take)  # type: ignore[no-untyped-call]
+            _on_gradient(natural, seen.take)
             seen.outputs = natural.detach()
         for leaf in leaves:
             leaf.register_hook(seen.touch)  # type: ignore[no-untyped-call]
-        self._passes.append(seen)
+        self._passes.append(weakref.ref(seen))
+
+
+def _inert() -> Watch:
+    return Watch(nn.Identity(), None, bool)
+
+
+def _on_gradient(tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
+    """Call a hook with the gradient at a tensor, or at what it is a copy of in another dtype.
+
+    Accelerate casts what a model returns to float32 after the model has computed its loss: the copy has no gradient.
+    """
+    node, index = tensor.grad_fn, tensor.output_nr
+    while node is not None and node.name() == "ToCopyBackward0" and node.next_functions[0][0] is not None:
+        node, index = node.next_functions[0]
+    if node is None or node is tensor.grad_fn:
+        tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+        return
+
+    def before(gradients: Sequence[Tensor | None]) -> None:
+        gradient = gradients[index]
+        if gradient is not None:
+            hook(gradient)
+
+    node.register_prehook(before)
 
 
 def _detached(call: Call) -> Call:
@@ -124,9 +161,8 @@ def join(passes: Sequence[Pass]) -> Pass:
             leaves.append(torch.cat(column))
         else:
             leaves.append(column[-1])
-    whole = Pass(pytree.tree_unflatten(leaves, flat[-1][1]), last.state)
+    whole = Pass(pytree.tree_unflatten(leaves, flat[-1][1]), last.state, [])
     cotangents = [p.cotangent for p in passes if p.cotangent is not None]
     if len(cotangents) == len(passes):
         whole.cotangent = torch.cat(cotangents)
-    whole.reached = True
     return whole
