@@ -181,3 +181,22 @@ def test_training_in_bfloat16_keeps_q_in_float32() -> None:
     assert losses[-1] < 0.5 * losses[0]
     assert all(p.dtype == torch.float32 for q in optimizer.fishleg.q.values() for p in q.parameters())
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
+def test_gradients_by_torch_func_are_not_passes_of_the_loop() -> None:
+    model, x, y = fixed("mlp")
+    other = fixed("mlp")[0]
+    optimizer, plain = optimizer_of(model), optimizer_of(other)
+
+    def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return Categorical().nll(torch.func.functional_call(model, params, (x[None],)), y[None])
+
+    for _ in range(12):
+        optimizer.zero_grad()
+        plain.zero_grad()
+        Categorical().nll(model(x), y).backward()
+        torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(dict(model.named_parameters()), x, y)
+        Categorical().nll(other(x), y).backward()
+        optimizer.step()
+        plain.step()
+    assert torch.equal(parameters(model), parameters(other))

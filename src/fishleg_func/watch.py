@@ -89,7 +89,9 @@ class Watch:
         return _inert, ()
 
     def _idle(self) -> bool:
-        return torch.compiler.is_compiling() or is_own_run() or not torch.is_grad_enabled() or not self._wanted()
+        if torch.compiler.is_compiling() or is_own_run() or _in_a_transform():
+            return True
+        return not torch.is_grad_enabled() or not self._wanted()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._state = None if self._idle() else random_state(module)
@@ -107,6 +109,11 @@ class Watch:
         for leaf in leaves:
             leaf.register_hook(seen.touch)  # type: ignore[no-untyped-call]
         self._passes.append(weakref.ref(seen))
+
+
+def _in_a_transform() -> bool:
+    """Tell whether torch.func is at work: its tensors end with it, and it leaves no gradients in parameters."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _inert() -> Watch:
