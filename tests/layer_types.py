@@ -119,7 +119,9 @@ LAYERS: dict[str, Layer] = {
     "ConvTranspose1d": convolution(lambda: nn.ConvTranspose1d(2, 3, 2, stride=2), 2, 3),
     "ConvTranspose2d": convolution(lambda: nn.ConvTranspose2d(2, 3, 2, stride=2), 2, 2, 2),
     "ConvTranspose3d": convolution(lambda: nn.ConvTranspose3d(1, 2, 2), 1, 2, 2, 2),
-    "ConvTranspose2d, groups, dilation": convolution(lambda: nn.ConvTranspose2d(2, 4, 2, groups=2, dilation=2), 2, 2, 2),
+    "ConvTranspose2d, groups, dilation": convolution(
+        lambda: nn.ConvTranspose2d(2, 4, 2, groups=2, dilation=2), 2, 2, 2
+    ),
     "Embedding": Layer(lambda: nn.Embedding(6, 4), (3,), vocabulary=6, group="tables"),
     "EmbeddingBag": Layer(lambda: nn.EmbeddingBag(6, 4), (3,), vocabulary=6, group="tables"),
     "Embedding tied to an output layer": Layer(TiedTable, (3,), vocabulary=6, group="tables"),

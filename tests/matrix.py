@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import io
 import random
@@ -45,7 +44,9 @@ def take(optimizer: ff.FishLeg, model: nn.Module, inputs: Inputs, parts: int = 1
     loss = torch.zeros(())
     for xs, y in zip(zip(*(x.chunk(parts) for x in inputs), strict=True), LABELS.chunk(parts), strict=True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = Categorical().nll(model(*xs), y)
+            outputs = model(*xs)
+            loss = Categorical().nll(outputs, y)
+        assert not autocast or outputs.dtype == torch.bfloat16
         (loss / parts).backward()
     optimizer.step()
     return loss.item()
@@ -54,13 +55,13 @@ def take(optimizer: ff.FishLeg, model: nn.Module, inputs: Inputs, parts: int = 1
 # --- the ways ---
 
 
-def eager(name: str, steps: int = 15, **options: Any) -> None:
+def eager(name: str, **options: Any) -> None:
     """Hold that ``fishlegify`` trains every parameter and the loss falls."""
     model, inputs = made(name)
     before = state(model)
-    step = ff.fishlegify(model, Categorical(), generator=generator(0), **options)
-    losses = [step(inputs, LABELS).item() for _ in range(steps)]
-    assert losses[-1] < 0.9 * losses[0], f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}"
+    step = ff.fishlegify(model, Categorical(), lr=0.1, generator=generator(0), **options)
+    losses = [step(inputs, LABELS).item() for _ in range(15)]
+    assert losses[-1] < 0.8 * losses[0], f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}"
     still = {k for k, p in model.named_parameters() if torch.equal(p, before[k])}
     assert still == {k for k, p in model.named_parameters() if not p.requires_grad}
 
@@ -90,7 +91,8 @@ def exact(name: str) -> None:
     model, inputs = made(name, dtype=torch.float64)
     fisher = reference.fisher(model, inputs, "categorical", targets=LABELS)
     v = randn(len(fisher), seed=1)
-    assert_close(flat(model, ff.fisher_vector_product(model, Categorical(), inputs, unflat(model, v))), fisher @ v, 1e-9)
+    product = ff.fisher_vector_product(model, Categorical(), inputs, unflat(model, v))
+    assert_close(flat(model, product), fisher @ v, 1e-9)
 
 
 def sampled(name: str) -> None:
@@ -104,7 +106,7 @@ def sampled(name: str) -> None:
 
     torch.testing.assert_close(u @ product(v), v @ product(u))
     assert v @ product(v) > 0 and u @ product(u) > 0
-    eager(name, steps=10, fisher="sampled")
+    eager(name, fisher="sampled")
 
 
 def accumulation(name: str) -> None:
@@ -124,11 +126,11 @@ def amp(name: str) -> None:
     for autocast in (False, True):
         model, inputs = made(name)
         start = Categorical().nll(model(*inputs), LABELS).item()
-        optimizer = ff.FishLeg(model, Categorical(), generator=generator(0))
-        for _ in range(10):
+        optimizer = ff.FishLeg(model, Categorical(), lr=0.1, generator=generator(0))
+        for _ in range(15):
             take(optimizer, model, inputs, autocast=autocast)
         final.append(Categorical().nll(model(*inputs), LABELS).item())
-    assert final[0] < 0.9 * start and abs(final[1] - final[0]) <= 0.05 * final[0], f"from {start}: {final}"
+    assert final[0] < 0.8 * start and abs(final[1] - final[0]) <= 0.05 * final[0], f"from {start}: {final}"
 
 
 def resume(name: str) -> None:
@@ -173,20 +175,19 @@ class Reason:
 _UNTRACED = Reason(
     torch._dynamo.exc.Unsupported,
     "RNN",
-    "torch's compiler does not trace `nn.RNN`, `nn.GRU` and `nn.LSTM`, with this library or without. Use their cells, "
-    "which compile, or eager steps.",
+    "torch does not compile `nn.RNN`, `nn.GRU` and `nn.LSTM`, with this library or without. Their cells compile.",
 )
 _COUPLED = Reason(
     AssertionError,
     "micro-batches differ",
-    "in training mode BatchNorm normalizes by the statistics of its batch, and those of a micro-batch are others. With "
-    "any optimizer the gradients differ. In `eval()` mode they agree.",
+    "in training mode BatchNorm normalizes by the statistics of its batch, and those of a micro-batch are others. So "
+    "it is with any optimizer; in `eval()` mode they agree.",
 )
 _ITERATED = Reason(
     AssertionError,
     "micro-batches differ",
-    "in training mode `spectral_norm` takes a step of its power iteration in every forward pass, and four micro-batches "
-    "are four. With any optimizer the weights differ. In `eval()` mode they agree.",
+    "in training mode `spectral_norm` takes one step of a power iteration in every forward pass, and four "
+    "micro-batches are four passes. So it is with any optimizer; in `eval()` mode they agree.",
 )
 NO: dict[tuple[str, str], Reason] = {
     **{(name, "compile"): _UNTRACED for name in ("RNN", "GRU", "LSTM")},
@@ -222,17 +223,20 @@ A test run makes this page, and fails where it is not what the run has found:
 python -m pytest tests/test_matrix.py --matrix docs/matrix.md
 ```
 
-Each layer type is in a model of its own, followed by a linear layer and a softmax over three classes, and trained on one
-batch. What "yes" means:
+Each layer type is in a model of its own, with a linear layer and a softmax over three classes behind it, and is trained
+on one batch. What "yes" means:
 
-- **eager**: in 15 steps of `fishlegify` the loss falls by a tenth or more, and all parameters that are not frozen move.
-- **compile**: `torch.compile(step, fullgraph=True, backend="aot_eager")` makes one graph of the first step, which has all
-  that a step can have, and it equals the eager one to 1e-5. Layers of a kind are compiled side by side.
+- **eager**: in 15 steps of `fishlegify` the loss falls by 20 % or more, and all parameters that are not frozen move.
+- **compile**: `torch.compile(step, fullgraph=True, backend="aot_eager")` makes one graph of the first step, which has
+  all that a step can have, and it equals the eager one to 1e-5. Layers of a kind are compiled side by side.
 - **exact**: `F v` is that of the dense float64 oracle to 1e-9.
-- **sampled**: so drawn, `F v` is symmetric and positive semi-definite, and `fisher="sampled"` trains.
-- **accumulation**: four micro-batches before one step of `FishLeg` equal one large batch to 1e-6, in float64, over four steps.
-- **amp**: under autocast in bfloat16 `FishLeg` trains to the loss of float32 within 5 %.
-- **resume**: saved at a random step and loaded into new objects, training goes on bit for bit.
+- **sampled**: `F v` is symmetric and positive for one draw of labels, and with `fisher="sampled"` training goes as
+  above.
+- **accumulation**: four micro-batches before each step of `FishLeg` equal one large batch to 1e-6 in float64, over four
+  steps.
+- **amp**: under autocast in bfloat16, 15 steps of `FishLeg` lower the loss by 20 % or more, and to within 5 % of that
+  of float32.
+- **resume**: saved at a random step and loaded into new objects, training with `FishLeg` goes on bit for bit.
 
 """
 
