@@ -180,13 +180,13 @@ _UNTRACED = Reason(
 _COUPLED = Reason(
     AssertionError,
     "micro-batches differ",
-    "in training mode BatchNorm normalizes by the statistics of its batch, and those of a micro-batch are others. So "
+    "In training mode BatchNorm normalizes by the statistics of its batch, and those of a micro-batch are others. So "
     "it is with any optimizer; in `eval()` mode they agree.",
 )
 _ITERATED = Reason(
     AssertionError,
     "micro-batches differ",
-    "in training mode `spectral_norm` takes one step of a power iteration in every forward pass, and four "
+    "In training mode `spectral_norm` takes one step of a power iteration in every forward pass, and four "
     "micro-batches are four passes. So it is with any optimizer; in `eval()` mode they agree.",
 )
 NO: dict[tuple[str, str], Reason] = {
