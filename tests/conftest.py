@@ -24,6 +24,10 @@ settings.register_profile("dev", max_examples=8, deadline=None, suppress_health_
 settings.load_profile("ci" if os.environ.get("CI") else os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", metavar="PATH", help="write the matrix of layer types and ways of training here")
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
