@@ -44,12 +44,12 @@ def one_process() -> None:
 
 def differentiable_by_func(error: RuntimeError) -> None:
     """Raise a RuntimeError with the remedy if ``error`` is torch.func's refusal of something inside of the model."""
-    refused = ("saved tensor hooks", "setup_context", "requires_grad_()")
+    refused = ("saved tensor hooks", "setup_context", "does not require grad")
     if any(words in str(error) for words in refused):
         raise RuntimeError(
-            "the model has hooks on saved tensors, requires_grad_() in forward, or a torch.autograd.Function without "
-            "setup_context, none of which torch.func can differentiate, and must not in a step; in transformers, call "
-            "model.disable_input_require_grads()"
+            "the model has hooks on saved tensors, calls torch.autograd in forward, or has a torch.autograd.Function "
+            "without setup_context, none of which torch.func can differentiate, and must not in a step; use torch.func "
+            "there"
         ) from error
 
 
