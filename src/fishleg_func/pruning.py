@@ -158,7 +158,7 @@ def prune(
         scope: ``"global"``, weights of all layers compared with each other; or ``"layer"``, the same fraction of each
             parameter.
         rounds: Steps to the sparsity, on :func:`cubic_schedule`.
-        include: Glob patterns of the parameters to prune; ``None`` for all of two and more dimensions.
+        include: Glob patterns of the parameters to prune; ``None`` for all. Those of one dimension are not pruned.
         exclude: Glob patterns of parameters that are not pruned, though they may make up for others.
         tol: On the relative residual of the compensation.
 

@@ -45,20 +45,21 @@ def cubic_schedule(start: float, end: float, steps: int) -> list[float]:
 def chosen(
     shapes: Mapping[str, torch.Size], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
 ) -> list[str]:
-    """Return the names of the parameters to prune: those that match, by default all of two and more dimensions."""
+    """Return the names of the parameters to prune: of two and more dimensions, and matching."""
     known = {a for name in shapes for a in ancestry(name)}
     wanted, unwanted = ([p] if isinstance(p, str) else list(p or ()) for p in (include, exclude))
     _checks.all_patterns_match("include", wanted, known)
     _checks.all_patterns_match("exclude", unwanted, known)
 
     def is_chosen(name: str) -> bool:
-        listed = any(_checks.matches(w, ancestry(name)) for w in wanted) if wanted else len(shapes[name]) > 1
-        return listed and not any(_checks.matches(w, ancestry(name)) for w in unwanted)
+        own = ancestry(name)
+        listed = include is None or any(_checks.matches(w, own) for w in wanted)
+        return len(shapes[name]) > 1 and listed and not any(_checks.matches(w, own) for w in unwanted)
 
     names = [name for name in shapes if is_chosen(name)]
     if not names:
         raise ValueError(
-            f"include={include!r}, exclude={exclude!r} leave no parameter to prune, and must leave one of "
+            f"include={include!r}, exclude={exclude!r} must leave a parameter of two or more dimensions to prune, of "
             f"{list(shapes)}"
         )
     return names
