@@ -216,6 +216,22 @@ def test_what_is_removed_stays_so() -> None:
         pruning.prune(model, inverse, 0.2, masks=second.masks, include="2")
 
 
+def test_masks_of_weights_that_are_not_zero_yet_count() -> None:
+    model = mlp()
+    masks = {"2.weight": mlp()[2].weight.detach().abs() < mlp()[2].weight.detach().abs().max()}  # the largest goes
+    done = pruning.prune(model, pruning.magnitude(model), 0.5, masks=masks)
+    assert not (done.masks["2.weight"] & ~masks["2.weight"]).any() and done.sparsity == 0.5
+
+
+def test_the_least_salient_go() -> None:
+    model = mlp()
+    inverse = computed(model)
+    costs = pruning.saliency(model, inverse)
+    done = pruning.prune(model, inverse, 0.5)
+    gone, kept = (torch.cat([costs[n][m == stays] for n, m in done.masks.items()]) for stays in (False, True))
+    assert len(gone) == 21 and float(gone.max()) < float(kept.min())
+
+
 def test_schedules() -> None:
     assert pruning.cubic_schedule(0.5, 0.9, 1) == [0.9]
     steps = pruning.cubic_schedule(0.2, 0.9, 7)
