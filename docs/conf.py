@@ -18,7 +18,7 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
 # Without a network only the names of this library can be looked up, and only the public ones have an entry.
-_private = r"fishleg_func\.(?!(likelihoods|qmodules|bases|reference)\b)[a-z_]+\..*"
+_private = r"fishleg_func\.(?!(likelihoods|qmodules|bases|pruning|block_inverse|reference)\b)[a-z_]+\..*"
 nitpick_ignore_regex = [(r"py:.*", r"(?!fishleg_func\.).*"), (r"py:.*", _private)]
 
 html_theme = "furo"

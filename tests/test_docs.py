@@ -19,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "fishleg_func"
-MODULES = (PACKAGE, *(f"{PACKAGE}.{name}" for name in ("likelihoods", "families", "logs", "reference")))
+MODULES = (PACKAGE, *(f"{PACKAGE}.{name}" for name in ("likelihoods", "families", "pruning", "logs", "reference")))
 
 
 def read(path: str) -> str:

@@ -26,7 +26,8 @@ LAYERS = (  # a module imports from its own layer, without cycles, and from thos
     {"entry", "original_checkpoint"},
     {"feed", "watch", "original_call"},
     {"optimizer"},
-    {"estimate"},
+    {"estimate", "block_inverse", "masks", "selection"},
+    {"pruning"},
     {"__init__"},
 )
 ORACLE = ({"_oracles"}, {"_oracle_step"}, {"reference"})  # the oracle shares no code with what it checks

@@ -1,6 +1,6 @@
 """FishLeg as a model transform: natural-gradient training with a learned inverse Fisher."""
 
-from . import families, likelihoods, logs, reference
+from . import families, likelihoods, logs, pruning, reference
 from ._types import Accuracy, Hyper, LowRank
 from .checkpoints import save_checkpoint
 from .conjugate import Solution
@@ -41,6 +41,7 @@ __all__ = [
     "likelihoods",
     "load_original_checkpoint",
     "logs",
+    "pruning",
     "reference",
     "register_layer",
     "save_checkpoint",

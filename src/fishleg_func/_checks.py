@@ -363,3 +363,23 @@ def gradient_was_seen(cotangent: Tensor | None) -> None:
             "be computed from the very tensor that the model, or output=, returns",
             stacklevel=4,
         )
+
+
+def about(shapes: Mapping[str, torch.Size], params: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless a model has the parameters that an operator is about."""
+    wrong = [name for name, shape in shapes.items() if name not in params or params[name].shape != shape]
+    if wrong:
+        raise ValueError(
+            f"an inverse about {wrong} must be about parameters of the model, which has {list(params)}; make it from "
+            "this model, and detach masks before"
+        )
+
+
+def masks(given: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
+    """Raise unless every mask is a tensor of a parameter's name and shape."""
+    for name, mask in given.items():
+        kind(f"masks[{name!r}]", mask, Tensor, "a tensor, zero where a weight is removed")
+    wrong = [f"{name} {tuple(m.shape)}" for name, m in given.items() if name not in shapes or m.shape != shapes[name]]
+    if wrong:
+        known = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+        raise ValueError(f"masks of {wrong} must have names and shapes of parameters: {known}")
