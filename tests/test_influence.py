@@ -119,7 +119,7 @@ def test_wrong_arguments_are_refused() -> None:
         return ff.influence_scores(model, CATEGORICAL, **arguments)
 
     shuffled = DataLoader(TensorDataset(x, y), 4, shuffle=True)
-    with pytest.raises(ValueError, match="train=.* shuffles, and must not"):
+    with pytest.raises(ValueError, match=r"train=.* shuffles, and must not"):
         scores(train=shuffled)
     with pytest.raises(ValueError, match=r"test=\[\] must yield at least one batch"):
         scores(test=[])

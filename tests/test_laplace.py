@@ -50,7 +50,7 @@ def test_masked_terms_are_no_data() -> None:
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "categorical", "bernoulli", "poisson"])
 def test_the_closed_form_of_predictions_agrees_with_samples_of_the_linearized_model(likelihood: str) -> None:
-    model, precision, found = posterior(likelihood, damping=1.0)
+    model, _, found = posterior(likelihood, damping=1.0)
     x = randn(4, 3, seed=5)
     f, v = model(x).detach(), found.outputs(x).covariance.diagonal(dim1=1, dim2=2)
     probit = f / (1 + math.pi * v / 8).sqrt()
@@ -95,7 +95,7 @@ def test_the_marginal_likelihood() -> None:
 
 
 def test_another_prior() -> None:
-    model, precision, found = posterior()
+    _, precision, found = posterior()
     F = precision / 12 - GAMMA * torch.eye(len(precision))
     for factor in (0.1, 30.0):
         other = found.with_prior_precision(12 * GAMMA * factor)
@@ -181,7 +181,7 @@ def test_some_parameters_only_and_the_model_is_left_alone() -> None:
 def test_wrong_arguments_are_refused() -> None:
     model, (x, y) = mlp(), data()
     Q = ff.InverseFisher.for_model(model, damping=GAMMA)
-    with pytest.raises(ValueError, match="damping=0.0 must be > 0"):
+    with pytest.raises(ValueError, match=r"damping=0.0 must be > 0"):
         ff.Laplace(model, CATEGORICAL, ff.InverseFisher.for_model(model), [(x, y)])
     with pytest.raises(ValueError, match=r"the model lacks \['0.weight', '0.bias', '2.weight'\]"):
         ff.Laplace(nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3)).double(), CATEGORICAL, Q, [(x, y)])
@@ -190,7 +190,7 @@ def test_wrong_arguments_are_refused() -> None:
         found.predict(x, method="bridge")
     with pytest.raises(ValueError, match="samples=1 must be an integer >= 2"):
         found.outputs(x, samples=1)
-    with pytest.raises(ValueError, match="prior_precision=0.0 must be > 0"):
+    with pytest.raises(ValueError, match=r"prior_precision=0.0 must be > 0"):
         found.with_prior_precision(0.0)
 
     class Other(ff.likelihoods.Gaussian):
