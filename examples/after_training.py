@@ -1,9 +1,9 @@
 """What is left after training: uncertainty, influence and memory from one inverse Fisher, a picture for each.
 
-    python examples/after.py                       # all three, on scikit-learn's digits
-    python examples/after.py --only uncertainty    # the Laplace posterior on digits that are turned
-    python examples/after.py --only influence      # the most helpful and harmful training images
-    python examples/after.py --only forgetting     # two tasks, one after the other, with and without the penalty
+    python examples/after_training.py                       # all three, on scikit-learn's digits
+    python examples/after_training.py --only uncertainty    # the Laplace posterior on digits that are turned
+    python examples/after_training.py --only influence      # the most helpful and harmful training images
+    python examples/after_training.py --only forgetting    # two tasks in turn, with the penalty and without
 
 A network of one hidden layer is trained, Q is estimated once, and each part uses it.
 """
@@ -144,7 +144,7 @@ def plot_uncertainty(found: dict[str, list[Calibration]], axes: Any) -> None:
         for name, curve in found.items():
             axis.plot(ANGLES, [getattr(c, what) for c in curve], label=name)
         axis.set(xlabel="rotation (degrees)", ylabel=what.upper())
-    axes[0].legend()
+    axes[0].legend(fontsize=7)
 
 
 # --- influence ---
@@ -173,7 +173,7 @@ def plot_influence(images: data.ImageSet, scores: Tensor, worst: Tensor, axes: A
         pictures = [(images.test[test], f"test: {images.test_labels[test]}")]
         pictures += [(images.train[i], f"{images.train_labels[i]} ({score[i] / len(score):+.2g})") for i in chosen]
         for axis, (picture, title) in zip(row, pictures, strict=True):
-            axis.imshow(picture.view(images.image_shape), cmap="gray_r")
+            axis.imshow(picture.view(images.image_shape).numpy(), cmap="gray_r")
             axis.set_title(title, fontsize=8)
             axis.axis("off")
 
