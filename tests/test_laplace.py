@@ -10,7 +10,7 @@ from cases import LIKELIHOODS, SIGMA, assert_close, assert_same, filled, generat
 from torch import Tensor, nn
 
 import fishleg_func as ff
-from fishleg_func import reference
+from fishleg_func import examplewise, reference
 
 FAMILY_NAMES = ("kfac", "kronecker", "scaled_kronecker", "eigen", "diagonal", "dense", "joint")
 
@@ -26,7 +26,8 @@ def posterior(likelihood: str = "categorical", damping: float = GAMMA) -> tuple[
     return model, 12 * (F + damping * torch.eye(len(F)).double()), found
 
 
-def test_the_factor_of_the_data_and_the_prior() -> None:
+def test_the_factor_of_the_data_and_the_prior(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examplewise, "_ENTRIES", 3 * 3 * 31)  # three examples at a time
     model, precision, found = posterior()
     assert (found.terms, found.prior_precision) == (pytest.approx(12), pytest.approx(12 * GAMMA))
     x = randn(4, 3, seed=5)
@@ -176,6 +177,28 @@ def test_some_parameters_only_and_the_model_is_left_alone() -> None:
     with torch.no_grad():
         model.get_parameter("2.weight").add_(1.0)
     assert torch.equal(found.outputs(x).mean, before_training.mean)
+
+
+def test_other_dtypes() -> None:
+    (x, y), wide = data(), mlp()
+    Q = exact(wide, reference.fisher(wide, x, "categorical"))
+    expected = ff.Laplace(wide, CATEGORICAL, Q, [(x, y)]).outputs(x).covariance
+    for dtype, tolerance in [(torch.float32, 1e-4), (torch.bfloat16, 0.1)]:
+        model, inputs = mlp().to(dtype), x.to(dtype)
+        found = ff.Laplace(model, CATEGORICAL, Q, [(inputs, y)])
+        assert_close(found.outputs(inputs).covariance, expected, tolerance)
+        for method in ("linear", "network"):
+            assert_close(found.predict(inputs, method=method).sum(1), torch.ones(12), 1e-2)
+        assert found.sample()["0.weight"].dtype == dtype
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm1d(4)])
+def test_examples_must_not_depend_on_each_other_or_on_chance(layer: nn.Module) -> None:
+    model, (x, y) = filled(nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 3))).train(), data()
+    Q = ff.InverseFisher.for_model(model, damping=GAMMA)
+    with pytest.raises(ValueError, match=r"modules \['1'\] in train mode"):
+        ff.Laplace(model, CATEGORICAL, Q, [(x, y)])
+    assert ff.Laplace(model.eval(), CATEGORICAL, Q, [(x, y)]).predict(x).shape == (12, 3)
 
 
 def test_wrong_arguments_are_refused() -> None:

@@ -88,6 +88,22 @@ def test_it_keeps_an_earlier_task_that_plain_training_forgets() -> None:
     assert loss(model, x2, y2) < 0.5
 
 
+def test_steps_of_fishleg_see_it() -> None:
+    (x, y), left = data(), []
+    for weight in (0.0, 100.0):
+        model = mlp()
+        Q = exact(model, reference.fisher(model, x, "categorical"))
+        penalty, measure = ff.QuadraticPenalty(model, Q, weight=weight), ff.QuadraticPenalty(model, Q)
+        optimizer = ff.FishLeg(model, CATEGORICAL, lr=0.02, generator=generator(0))
+        for _ in range(20):
+            optimizer.zero_grad()
+            (CATEGORICAL.nll(model(x), y) + penalty()).backward()
+            optimizer.step()
+        optimizer.remove()
+        left.append(float(measure().detach()))
+    assert 0 < left[1] < 0.1 * left[0]
+
+
 def test_wrong_arguments_are_refused() -> None:
     model = mlp()
     with pytest.raises(ValueError, match=r"weight=-1.0 must be >= 0"):

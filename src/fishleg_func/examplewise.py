@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from . import _checks
 from ._types import Inputs, Params
@@ -27,7 +29,16 @@ def make_run(model: nn.Module, output: Callable[[Any], Tensor] | None) -> Run:
     Args:
         model: Any module, in the mode that it is in.
         output: From what the model returns to one tensor of natural parameters.
+
+    Raises:
+        ValueError: If a module makes the outputs of an example depend on the others, or on chance.
     """
+    joined = [name for name, m in model.named_modules() if m.training and isinstance(m, (_BatchNorm, _DropoutNd))]
+    if joined:
+        raise ValueError(
+            f"modules {joined} in train mode make an example depend on the others or on chance, and must not where "
+            "examples are taken one by one; call model.eval() first"
+        )
     ties = find_ties(model)
 
     def run(params: Params, inputs: Inputs) -> Tensor:
@@ -35,14 +46,15 @@ def make_run(model: nn.Module, output: Callable[[Any], Tensor] | None) -> Run:
             out = call_model(model, {**params, **cloned_buffers(model)}, inputs, ties)
         out = out if output is None else output(out)
         _checks.tensor_output(out)
-        return out
+        return out.to(torch.promote_types(out.dtype, torch.float32))  # likelihoods need the digits
 
     return run
 
 
 def flat_rows(tree: Params, names: Sequence[str], lead: int) -> Tensor:
     """Return tensors by name, ``[*lead, *shape]``, as rows ``[*lead, P]``."""
-    return torch.cat([tree[name].flatten(lead) for name in names], -1)
+    rows = torch.cat([tree[name].flatten(lead) for name in names], -1)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def pieces(batch: Any, size: int) -> Iterator[Any]:

@@ -62,7 +62,8 @@ class Laplace:
         prior_precision: τ = N γ.
 
     Raises:
-        ValueError: If Q is not about parameters of the model or has no damping, or there is no term in the data.
+        ValueError: If Q is not about parameters of the model or has no damping, there is no term in the data, or batch
+            norms or dropout are in train mode.
         TypeError: If the likelihood or a batch is not one.
 
     Example:
@@ -139,7 +140,7 @@ class Laplace:
             ValueError: If n < 1.
         """
         drawn = self.inverse.sample(generator, n)
-        return {name: p + drawn[name] / math.sqrt(self.terms) for name, p in self._params.items()}
+        return {name: p + (drawn[name] / math.sqrt(self.terms)).to(p.dtype) for name, p in self._params.items()}
 
     @torch.no_grad()
     def outputs(
