@@ -19,6 +19,7 @@ LAYERS = (  # a module imports from its own layer, without cycles, and from thos
     {"layers", "convolutions", "packed", "registry", "kernels", "capture", "blocks", "fisher"},
     {"auxiliary", "transform"},
     {"diagnostics", "batch", "operators", "conjugate", "inverse", "fisher_operator"},
+    {"spectra", "examplewise", "laplace", "influence", "penalty"},
     {"curvature"},
     {"momentum"},
     {"engine"},

@@ -9,11 +9,14 @@ from .entry import fishlegify
 from .estimate import estimate_inverse_fisher
 from .fisher import fisher_vector_product
 from .fisher_operator import FisherOperator
+from .influence import influence_scores, self_influence
 from .inverse import Fit, InverseFisher
+from .laplace import Laplace, Moments
 from .layers import LayerSpec
 from .optimizer import FishLeg
 from .original_checkpoint import load_original_checkpoint
 from .original_likelihoods import FISH_LIKELIHOODS
+from .penalty import QuadraticPenalty
 from .qmodules import QModule
 from .registry import register_layer
 from .step import FishLegStep
@@ -29,15 +32,19 @@ __all__ = [
     "Fit",
     "Hyper",
     "InverseFisher",
+    "Laplace",
     "LayerSpec",
     "LowRank",
+    "Moments",
     "QModule",
+    "QuadraticPenalty",
     "Report",
     "Solution",
     "estimate_inverse_fisher",
     "families",
     "fisher_vector_product",
     "fishlegify",
+    "influence_scores",
     "likelihoods",
     "load_original_checkpoint",
     "logs",
@@ -45,4 +52,5 @@ __all__ = [
     "reference",
     "register_layer",
     "save_checkpoint",
+    "self_influence",
 ]

@@ -200,7 +200,7 @@ class KFAC(Kronecker):
         self._statistic("cov_L", tuple(self.L.shape))
         self._statistic("cov_R", tuple(self.R.shape))
 
-    def _chains(self) -> tuple[Chain, Chain]:
+    def chains(self) -> tuple[Chain, Chain]:
         return (self.C_L, self.L), (self.C_R, self.R.mT)
 
     def gather_(self, z: Packed, ok: Tensor | None = None) -> None:

@@ -44,12 +44,12 @@ class Kronecker(QModule):
         self._parameter("L", self._eye(self.left))
         self._parameter("R", self._eye(self.right))
 
-    def _chains(self) -> tuple[Chain, Chain]:
+    def chains(self) -> tuple[Chain, Chain]:
         """Return what the roots of K_L and of K_R are products of."""
         return (self.L,), (self.R.mT,)
 
     def roots(self) -> Roots:
-        left, right = self._chains()
+        left, right = self.chains()
         return (*left, *right)
 
     def whiten(self, roots: Roots, u: Packed) -> Packed:
@@ -65,7 +65,7 @@ class Kronecker(QModule):
         return self.right.color(self.left.color(z, left).mT, right).mT
 
     def operator(self) -> Roots:
-        left, right = self._chains()
+        left, right = self.chains()
         return self.left.operator(left), self.right.operator(right)
 
     def act(self, operator: Roots, u: Packed) -> Packed:
@@ -75,7 +75,7 @@ class Kronecker(QModule):
         return self.right.mul_first(K_R, self.left.mul(u, K_L))
 
     def relative(self, operator: Roots, u: Packed, v: Packed, w: Packed) -> Gradients:
-        left, right = self._chains()
+        left, right = self.chains()
         if isinstance(u, LowRank) and isinstance(v, LowRank):
             x_l, y_l = u.a, rows_times(v.d, w)
             x_r, y_r = u.d, rows_times(v.a, transposed(w))
@@ -87,7 +87,7 @@ class Kronecker(QModule):
         return {"L": self.left.gradient(x_l, y_l, left), "R": self.right.gradient(x_r, y_r, right)}
 
     def retract_(self, operator: Roots, gradients: Gradients, rate: Tensor, ok: Tensor | None = None) -> Carry | None:
-        left, right = self._chains()
+        left, right = self.chains()
         shift_l = self.left.retract_(operator[0], left, gradients["L"], rate, ok)
         shift_r = self.right.retract_(operator[1], right, gradients["R"], rate, ok)
         if shift_l is None or shift_r is None:
@@ -109,7 +109,7 @@ class Kronecker(QModule):
         return diagonal_r.unsqueeze(-1) * diagonal_l.unsqueeze(-2)
 
     def logdet(self) -> Tensor:
-        left, right = self._chains()
+        left, right = self.chains()
         return self.m * self.left.logdet(left) + self.n * self.right.logdet(right)
 
 
