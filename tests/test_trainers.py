@@ -123,6 +123,28 @@ def test_trainer_trains_in_bfloat16(huggingface: ModuleType, tmp_path: Path) -> 
     assert final[1] == pytest.approx(final[0], rel=0.1) and final[0] != final[1]
 
 
+def test_trainer_checkpoints_activations(huggingface: ModuleType, tmp_path: Path) -> None:
+    final = []
+    for checkpointing in (False, True):
+        args = huggingface.arguments(str(tmp_path), 14, gradient_checkpointing=checkpointing)
+        trainer = huggingface.FishLegTrainer(huggingface.tiny_gpt2(), args, train_dataset=huggingface.Counting())
+        final.append(huggingface.train(trainer))
+    assert final[1] == pytest.approx(final[0], rel=1e-4) and final[0][-1] < final[0][0]
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}], ids=str)
+def test_lightning_in_bfloat16_and_with_micro_batches(lightning_digits: ModuleType, options: dict[str, Any]) -> None:
+    lightning = lightning_digits.lightning
+    lightning.seed_everything(0, verbose=False)
+    module = lightning_digits.Digits(steps=36)
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=1, max_epochs=3, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, **options,
+    )  # fmt: skip
+    trainer.fit(module, *lightning_digits.loaders())
+    assert module.losses[-1] < 0.8 * module.losses[0]
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_q_learns_from_the_tokens_that_have_a_loss(huggingface: ModuleType, precision: str) -> None:
     """Labels are shifted within the model, padding has none, and accelerate casts the outputs after the loss."""
