@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,6 +22,10 @@ LABELS = torch.tensor([0, 1, 2, 3, -100, 2, 0, 3])
 COMBINATIONS = list(itertools.product((None, WEIGHT), (0.0, 0.1, 0.9), (-100, 3)))
 
 
+def output_fisher(kind: str, likelihood: Likelihood, f: Tensor, y: Tensor, noise: Noise) -> Callable[[Tensor], Tensor]:
+    return make_output_fisher(kind, likelihood, f, likelihood.weight(f, y), y, noise)
+
+
 # --- class weights and label smoothing ---
 
 
@@ -38,7 +43,7 @@ def test_categorical_is_cross_entropy(
 
     # F is the Hessian in the outputs: each term's is diag(p) - ppᵀ times its weight
     hessian = torch.func.hessian(likelihood.nll)(f, y).reshape(32, 32)
-    exact = make_output_fisher("exact", likelihood, f, y, NOISE)
+    exact = output_fisher("exact", likelihood, f, y, NOISE)
     t = randn(*lead, 4, seed=1)
     close(exact(t).flatten(), hessian @ t.flatten())
     kept = y != ignore
@@ -57,9 +62,9 @@ def test_the_sampled_fisher_has_the_mean_of_the_exact_one(weight: Tensor | None,
     likelihood, f, t = Categorical(ignore, weight, smoothing), randn(8, 4), randn(8, 4, seed=1)
     y, noise, draws = torch.where(LABELS == -100, ignore, LABELS), Noise(1, torch.device("cpu")), []
     for _ in range(2000):
-        draws.append(make_output_fisher("sampled", likelihood, f, y, noise)(t))
+        draws.append(output_fisher("sampled", likelihood, f, y, noise)(t))
         noise.advance_()
-    assert within_five_standard_errors(torch.stack(draws), make_output_fisher("exact", likelihood, f, y, noise)(t))
+    assert within_five_standard_errors(torch.stack(draws), output_fisher("exact", likelihood, f, y, noise)(t))
 
 
 def test_the_empirical_fisher_is_of_the_weighted_scores() -> None:
@@ -67,7 +72,7 @@ def test_the_empirical_fisher_is_of_the_weighted_scores() -> None:
     score = f.softmax(-1) - F.one_hot(LABELS.clamp(min=0), 4)
     weight = likelihood.weight(f, LABELS)
     expected = weight * score * (score * t).sum(-1, keepdim=True)
-    close(make_output_fisher("empirical", likelihood, f, LABELS, NOISE)(t), expected)
+    close(output_fisher("empirical", likelihood, f, LABELS, NOISE)(t), expected)
 
 
 def test_a_step_with_weights_is_that_of_a_batch_with_copies() -> None:
@@ -167,17 +172,17 @@ def test_the_gradient_is_zero_where_masked_whatever_the_output(masked: Any, plai
 def test_the_fisher_is_masked_on_both_sides(masked: Any, plain: Likelihood) -> None:
     f, _, holes = batch(masked, plain)
     t = randn(5, 3, seed=1)
-    exact = make_output_fisher("exact", masked, f, holes, NOISE)
+    exact = output_fisher("exact", masked, f, holes, NOISE)
     close(exact(t), torch.where(KEPT, plain.fisher(f, t), 0) / 3)
     for kind in ("sampled", "empirical"):
-        product = make_output_fisher(kind, masked, f, holes, NOISE)
+        product = output_fisher(kind, masked, f, holes, NOISE)
         matrix = torch.stack([product(e.view(5, 3)).flatten() for e in torch.eye(15).double()])
         close(matrix, matrix.mT)
         assert torch.linalg.eigvalsh(matrix).min() > -1e-12
         assert not matrix[~KEPT.flatten()].any() and matrix.any()
     noise, draws = Noise(1, torch.device("cpu")), []
     for _ in range(2000):
-        draws.append(make_output_fisher("sampled", masked, f, holes, noise)(t))
+        draws.append(output_fisher("sampled", masked, f, holes, noise)(t))
         noise.advance_()
     assert within_five_standard_errors(torch.stack(draws), exact(t))
 
