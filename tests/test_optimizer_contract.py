@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cases import randn
+from cases import generator, randn
 from loops import MODELS, assert_same_state, built, labels, optimizer_of, parameters, train
 from torch import Tensor, nn
 
 import fishleg_func as ff
-from fishleg_func.likelihoods import Categorical
+from fishleg_func.likelihoods import Categorical, Gaussian
 
 
 def test_groups_have_their_own_rate_decay_and_damping() -> None:
@@ -225,3 +226,112 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RuntimeError, match="2 processes train together"):
             make(model)
         assert not any(m._forward_hooks for m in model.modules())
+
+
+def frozen_first() -> nn.Module:
+    model = built("mlp")
+    model[0].requires_grad_(False)  # type: ignore[index]
+    return model
+
+
+@pytest.mark.parametrize("bad", [{"lr": -1.0}, {"damping": 1.0}])
+def test_a_group_that_cannot_be_added_changes_nothing(bad: dict[str, Any]) -> None:
+    model = built("mlp")
+    model[0].bias.requires_grad_(False)  # type: ignore[index]
+    optimizer = optimizer_of(model)
+    train(optimizer, model, "mlp", range(3))
+    before, state = optimizer.fishleg, optimizer.fishleg.state_dict()
+    model[0].bias.requires_grad_(True)  # type: ignore[index]
+    with pytest.raises(ValueError):
+        optimizer.add_param_group({"params": [model[0].bias], **bad})  # type: ignore[index]
+    assert optimizer.fishleg is before and len(optimizer.param_groups) == 1
+    assert_same_state(state, optimizer.fishleg.state_dict())
+    assert len(model[0]._forward_hooks) == 1  # type: ignore[index]
+    model[0].bias.requires_grad_(False)  # type: ignore[index]
+    train(optimizer, model, "mlp", range(3, 5))
+
+
+def test_layers_are_unfrozen_by_adding_plain_parameters_or_where_they_are_in_a_group_already() -> None:
+    for within in (False, True):
+        model = frozen_first()
+        optimizer = optimizer_of(model, params=list(model.parameters()) if within else None)
+        train(optimizer, model, "mlp", range(3))
+        learned, first = optimizer.fishleg.q["2"].L.clone(), parameters(model[0])  # type: ignore[index]
+        model[0].requires_grad_(True)  # type: ignore[index]
+        if not within:
+            optimizer.add_param_group({"params": model[0].parameters()})  # type: ignore[index]
+            assert torch.equal(learned, optimizer.fishleg.q["2"].L)
+        train(optimizer, model, "mlp", range(3, 5))
+        assert not torch.equal(first, parameters(model[0]))  # type: ignore[index]
+        assert optimizer.fishleg._curvature._count >= 5  # its statistics went on
+
+
+def test_what_the_loop_writes_into_its_inputs_after_the_pass_does_not_matter() -> None:
+    models = [built("mlp"), built("mlp")]
+    optimizers = [optimizer_of(m) for m in models]
+    buffer = torch.zeros(12, 4).double()
+    for i in range(12):
+        x, y = MODELS["mlp"][1](i)
+        for k, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            optimizer.zero_grad()
+            Categorical().nll(model(buffer.copy_(x) if k else x), y).backward()
+            buffer.zero_()
+            optimizer.step()
+    assert torch.equal(*map(parameters, models))
+
+
+@pytest.mark.parametrize(
+    "likelihood", [Gaussian(ignore_value=math.nan), Categorical(weight=torch.tensor([1.0, 10, 0.1]))]
+)
+def test_masked_elements_and_class_weights_are_told_by_the_gradient(likelihood: Any) -> None:
+    mine, other = built("mlp"), built("mlp")
+    optimizer, step = optimizer_of(mine, likelihood), ff.fishlegify(other, likelihood, generator=generator(3))
+    for i in range(12):
+        x, y = MODELS["mlp"][1](i)
+        if isinstance(likelihood, Gaussian):
+            y = torch.where(randn(12, 3, seed=i) > 0.5, randn(12, 3, seed=i + 90), math.nan)
+        optimizer.zero_grad()
+        likelihood.nll(mine(x), y).backward()
+        optimizer.step()
+        step(x, y)
+    assert (parameters(mine) - parameters(other)).abs().max() <= 1e-6
+
+
+def test_a_scaler_and_maximize_reach_sigma() -> None:
+    x, y = randn(50, 4).float(), randn(50, 3, seed=1).float()
+    sigmas = []
+    for way in ("plain", "scaled", "maximize", "model"):
+        torch.manual_seed(0)
+        model, likelihood = nn.Linear(4, 3), Gaussian(2.0, learn_sigma=True)
+        optimizer = optimizer_of(model, likelihood, maximize=way == "maximize")
+        scaler = torch.amp.GradScaler("cpu", enabled=way == "scaled")
+        for _ in range(30):
+            (model if way == "model" else optimizer).zero_grad()
+            loss = likelihood.nll(model(x), y)
+            scaler.scale(-loss if way == "maximize" else loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert likelihood.log_sigma is not None
+        sigmas.append(likelihood.log_sigma.item())
+    assert sigmas == pytest.approx([sigmas[0]] * 4, abs=1e-4) and sigmas[0] < math.log(2.0)
+
+
+def test_the_originals_start_is_undone_where_the_first_step_fails() -> None:
+    model = built("mlp")
+    x, y = MODELS["mlp"][1](0)
+    optimizer = ff.FishLeg(model, Categorical(), [(x, y)], sgd_lr=0.5, lr=0.05, pre_aux_training=2)
+    state = optimizer.fishleg.state_dict()
+    Categorical().nll(model(x), y).backward()
+    model[0].bias.grad.fill_(math.nan)  # type: ignore[index, union-attr]
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+    assert_same_state(state, optimizer.fishleg.state_dict())
+
+
+def test_a_layer_that_was_parametrized_since_is_told() -> None:
+    model = built("mlp")
+    optimizer = optimizer_of(model)
+    nn.utils.parametrizations.weight_norm(model[0])  # type: ignore[index]
+    Categorical().nll(model(randn(12, 4)), labels(12)).backward()
+    with pytest.raises(RuntimeError, match="the model has changed"):
+        optimizer.step()

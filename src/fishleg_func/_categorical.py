@@ -85,6 +85,19 @@ class Categorical(Likelihood):
         total = observed.sum()
         return (smoothed / torch.where(total > 0, total, 1)).unsqueeze(-1)
 
+    def weight_seen(self, outputs: Tensor, gradient: Tensor) -> Tensor:
+        if self.class_weights is None:
+            return super().weight_seen(outputs, gradient)
+        largest, labels = gradient.abs().max(-1)  # p - onehot is largest at the label
+        return self.weight(outputs, torch.where(largest > 0, labels, self.ignore_index))
+
+    def terms(self, outputs: Tensor, targets: Tensor | None = None) -> float:
+        weights = self._weights(outputs)
+        if targets is None or weights is None:
+            return super().terms(outputs, targets)
+        kept = targets != self.ignore_index
+        return float(torch.where(kept, weights[torch.where(kept, targets, 0).long()], 0).sum())
+
     def masked(self, sampled: Tensor, targets: Tensor | None) -> Tensor:
         if self.class_weights is not None or self.label_smoothing:
             raise ValueError(

@@ -323,6 +323,18 @@ def same_state(own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         )
 
 
+def groups_agree(members: Mapping[str, list[int]], groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError where the parameters of one block are in groups with different betas or damping."""
+    for name, numbers in members.items():
+        of = [groups[i] for i in numbers]
+        different = [key for key in ("betas", "damping") if any(g[key] != of[0][key] for g in of)]
+        if different:
+            raise ValueError(
+                f"the parameters of {name!r} are in groups with different {', '.join(different)}, and must share them, "
+                "as they share one Q; give these groups the same, or put the parameters into one group"
+            )
+
+
 def matches(pattern: str, names: Collection[str]) -> bool:
     """Tell whether a glob pattern matches one of ``names``, case-sensitively."""
     return any(fnmatchcase(name, pattern) for name in names)

@@ -92,6 +92,12 @@ class Elementwise(Likelihood):
         kept = self.kept(targets)
         return kept.to(outputs.dtype) / _terms(kept).clamp(min=1)
 
+    def weight_seen(self, outputs: Tensor, gradient: Tensor) -> Tensor:
+        if self.ignore_value is None:
+            return self.weight(outputs)
+        kept = gradient != 0
+        return kept.to(outputs.dtype) / _terms(kept).clamp(min=1)
+
     def masked(self, sampled: Tensor, targets: Tensor | None) -> Tensor:
         if targets is None or self.ignore_value is None:
             return sampled
@@ -207,9 +213,9 @@ class Gaussian(Elementwise):
         self._descend_(self.log_sigma, gradient, weight.expand_as(outputs), rate, ok)
 
     @torch.no_grad()
-    def learn_from_gradient_(self, outputs: Tensor, rate: Tensor, targets: Tensor | None = None) -> None:
+    def learn_from_gradient_(self, outputs: Tensor, rate: Tensor, weight: Tensor | None = None) -> None:
         if self.log_sigma is not None and self.log_sigma.grad is not None:
-            weight = self.weight(outputs, targets).expand_as(outputs)
+            weight = (self.weight(outputs) if weight is None else weight).expand_as(outputs)
             self._descend_(self.log_sigma, self.log_sigma.grad, weight, rate, None)
 
     def _descend_(self, log_sigma: Tensor, gradient: Tensor, weight: Tensor, rate: Tensor, ok: Tensor | None) -> None:

@@ -74,6 +74,33 @@ class Likelihood(ABC):
         """
         return outputs.new_full((), 1 / outputs.shape[0])
 
+    def weight_seen(self, outputs: Tensor, gradient: Tensor) -> Tensor:
+        """Return each term's weight as far as the gradient of the loss at the outputs tells it, in place of targets.
+
+        Args:
+            outputs: Natural parameters, shape ``[N, ...]``.
+            gradient: Of a multiple of the loss; a term at which it is exactly zero is a masked one.
+
+        Returns:
+            As :meth:`weight`.
+        """
+        dims = self.event_dims(outputs)
+        kept = (gradient != 0).any(dims, keepdim=True) if dims else gradient != 0
+        return kept.to(outputs.dtype) / kept.sum().clamp(min=1)
+
+    def terms(self, outputs: Tensor, targets: Tensor | None = None) -> float:
+        """Return the number of terms that the mean is over, zero where all are masked; reads data.
+
+        Args:
+            outputs: Natural parameters, shape ``[N, ...]``.
+            targets: Observations, which say what is masked; without them nothing is.
+
+        Returns:
+            What :meth:`nll` times it is the sum.
+        """
+        largest = float(self.weight(outputs, targets).max())
+        return 1 / largest if largest > 0 else 0.0
+
     def masked(self, sampled: Tensor, targets: Tensor | None) -> Tensor:
         """Return sampled targets with the mask of the observed ones; by default there is none.
 
@@ -196,13 +223,13 @@ class Likelihood(ABC):
         """
         return
 
-    def learn_from_gradient_(self, outputs: Tensor, rate: Tensor, targets: Tensor | None = None) -> None:
+    def learn_from_gradient_(self, outputs: Tensor, rate: Tensor, weight: Tensor | None = None) -> None:
         """Take the step of :meth:`learn_` from the ``.grad`` that a backward pass left at :meth:`tensors`.
 
         Args:
             outputs: Of any batch of the kind that the gradient was taken on; only their shape is read.
             rate: Step size, 0-d.
-            targets: Observations, which say what is masked; without them nothing is.
+            weight: Of each element, from :meth:`weight` or :meth:`weight_seen`; without it nothing is masked.
         """
         return
 

@@ -11,7 +11,7 @@ from .likelihoods import Categorical, Gaussian, Likelihood
 
 _OPTIONAL = (
     *("fisher", "score", "weight", "masked", "event_dims", "check_shapes", "check_values", "draws"),
-    *("tensors", "learn_", "learn_from_gradient_"),
+    *("tensors", "learn_", "learn_from_gradient_", "weight_seen", "terms"),
 )
 
 

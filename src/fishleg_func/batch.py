@@ -189,13 +189,10 @@ class Batch:
         self._cotangent = None if cotangent is None else cotangent.to(lin.outputs)  # from autocast, a lower dtype
 
     def _weight(self) -> Tensor:
-        """Return each term's weight; without targets, a term at which the loss has no gradient is a masked one."""
-        outputs, c = self._lin.outputs, self._cotangent
-        if c is None:
-            return self.likelihood.weight(outputs, self._targets)
-        dims = self.likelihood.event_dims(outputs)
-        kept = (c != 0).any(dims, keepdim=True) if dims else c != 0
-        return kept.to(outputs.dtype) / kept.sum().clamp(min=1)
+        """Return each term's weight, from the targets or from what the gradient at the outputs tells of them."""
+        if self._cotangent is None:
+            return self.likelihood.weight(self._lin.outputs, self._targets)
+        return self.likelihood.weight_seen(self._lin.outputs, self._cotangent)
 
     @property
     def has_gradient(self) -> bool:

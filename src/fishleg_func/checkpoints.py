@@ -31,7 +31,7 @@ def save_checkpoint(state: Mapping[str, Any], path: str | os.PathLike[str]) -> N
         ...     torch.load(f"{folder}/last.pt", weights_only=True)
         {'x': tensor([1., 1.])}
     """
-    path = Path(path)
+    path = Path(path).resolve()  # what a link points to
     handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

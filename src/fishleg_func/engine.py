@@ -153,8 +153,7 @@ class Engine:
         Raises:
             FloatingPointError: If the gradient is not finite; nothing is changed.
         """
-        self._require_hooks()
-        self._runner.check()
+        self.check()
         self._sync()
         with restored_on_error(self.model):
             loss, _, checksum = source.gradient()
@@ -162,8 +161,19 @@ class Engine:
             self._advance(source, batch_for_q, self._due(), None)
         self._t += 1
 
-    def inherit(self, other: Engine) -> None:
-        """Take over the state of another, of blocks that both have in the same shape; the warm-up begins again."""
+    def check(self) -> None:
+        """Raise RuntimeError if the step was removed, or the model is not the one that it was made for."""
+        self._require_hooks()
+        self._runner.check()
+
+    def inherit(self, other: Engine, *, warm_up: bool) -> None:
+        """Take over the state of another, of blocks that both have in the same shape.
+
+        Args:
+            other: Where the state comes from.
+            warm_up: Whether the schedule begins again, for the sake of blocks that are new.
+        """
+        self._t = 0 if warm_up else other._t
         mine, theirs = self._tensors(), other._tensors()
         for name, tensor in mine.items():
             if name in theirs and theirs[name].shape == tensor.shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -119,6 +120,9 @@ def _begin(step: FishLegStep, damping: float, state: Mapping[str, Any] | None, u
             if not module.has_basis:
                 module.scale_(1 / damping)
         return 0
+    learned = float(state["step"]["hyper.damping"])
+    if not math.isclose(learned, damping, rel_tol=1e-6):
+        raise ValueError(f"damping={damping} must be {learned:g}, with which state was learned; begin without state")
     step.load_state_dict(state["step"])
     if state["updates"] >= updates:
         raise ValueError(f"updates={updates} must be > {state['updates']}, those that state has behind it; raise it")

@@ -138,8 +138,7 @@ class FisherOperator(Operator):
         lin = linearized()
         if targets is not None:
             self._likelihood.check_shapes(lin.outputs, targets)
-        largest = float(self._likelihood.weight(lin.outputs, targets).max())
-        terms = 1 / largest if largest > 0 else 0.0
+        terms = self._likelihood.terms(lin.outputs, targets)
         if not keep:
             return _Part(terms, lambda: product_of(linearized()))
         product = product_of(lin)

@@ -116,10 +116,10 @@ class Laplace:
             with kept_random_state(self._model):
                 outputs = self._run(self._params, inputs)
             self._likelihood.check_shapes(outputs, targets)
-            largest = float(self._likelihood.weight(outputs.double(), targets).max())
-            if largest > 0:
-                terms += 1 / largest
-                total += float(self._likelihood.nll(outputs, targets)) / largest
+            number = self._likelihood.terms(outputs.double(), targets)
+            if number > 0:
+                terms += number
+                total += float(self._likelihood.nll(outputs, targets)) * number
         if not terms:
             raise ValueError(f"batches={batches!r} must hold at least one term that is not masked")
         return terms, total

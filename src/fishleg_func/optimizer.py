@@ -11,28 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
-from ._trees import checksum
 from ._types import Packed
 from .batch import Batch
 from .capture import kept_random_state, set_random_state
 from .diagnostics import Report
 from .entry import fishlegify, set_damping
 from .feed import Feed
-from .original_call import translate
-from .qmodules import QModule
+from .left_gradient import LeftGradient
+from .original_call import Start, translate
 from .step import FishLegStep
 from .transform import select, unwrapped
 from .watch import Watch, join
 
 _DEFAULTS = {"lr": 3e-2, "weight_decay": 0.0, "damping": None}
-_SHARED = ("betas", "damping")  # what all parameters of one block must agree on
 
 
 class FishLeg(torch.optim.Optimizer):
     r"""FishLeg as an optimizer: ``loss.backward(); optimizer.step()``, with the algorithm of :func:`fishlegify`.
 
-    Gradients are those in ``p.grad``, which are only read; parameters without one stay. Q learns from the batches that
-    passed through the model since the last step, joined to one, or from those of ``aux_loader``: in a step that updates
+    Gradients are those in ``p.grad``, which are only read; layers without any stay. Q learns from the batches that
+    passed through the model, and back, since the last step or ``zero_grad``, joined along their first axis to one, or
+    from those of ``aux_loader``: in a step that updates
     Q (see ``update_aux_every``) the model is run once more on them, and changes nothing by it.
 
     Args:
@@ -104,33 +103,54 @@ class FishLeg(torch.optim.Optimizer):
         self._called, self._likelihood, self._options, self._start = model, likelihood, options, start
         self._feed = None if aux_loader is None else Feed(aux_loader)
         self._ready = False
-        super().__init__(params, defaults)
+        groups = list(params)
+        groups = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
+        own = likelihood.tensors()
+        super().__init__([*groups, {"params": list(own.items())}] if own else groups, defaults)
         self._build()
 
     def _build(self) -> None:
-        """Make the step for the parameters that are in groups now."""
+        """Make the step for the parameters that are in groups now; if that fails, nothing is changed."""
         _checks.no_parallel_wrapper(self._called)
         model = unwrapped(self._called)
         names = {p: name for name, p in model.named_parameters()}
-        every = [(p, i) for i, group in enumerate(self.param_groups) for p in group["params"]]
+        own = set(self._likelihood.tensors().values())
+        every = [(p, i) for i, group in enumerate(self.param_groups) for p in group["params"] if p not in own]
         if any(p not in names for p, _ in every):
             raise ValueError("params: every parameter must be one of the model's; pass model.parameters(), or some")
         group_of = {names[p]: i for p, i in every}
         include = [glob.escape(name) for name in group_of]
-        self.fishleg = fishlegify(model, self._likelihood, include=include, **self._options)
-        self.fishleg.regroup(len(self.param_groups), group_of)
-        self._adopt()
+        fishleg = fishlegify(model, self._likelihood, include=include, **self._options)
+        try:
+            fishleg.regroup(len(self.param_groups), group_of)
+            self._adopt(fishleg)
+        except BaseException:
+            fishleg.remove()
+            raise
         me = weakref.ref(self)  # hooks live with the model, and must not keep the optimizer
 
         def watching() -> bool:
             optimizer = me()
             return optimizer is not None and optimizer._watching()
 
+        self.fishleg, self._trained = fishleg, self._trainable()
         self._watch = Watch(self._called, self._options.get("output"), watching)
         weakref.finalize(self, self._watch.remove)
         self._first = every[0][0]
         self._ready = True
         self._expose()
+
+    def _rebuild(self, *, warm_up: bool) -> None:
+        """Make the step anew where other parameters are to be trained; what was learned of the others is kept."""
+        before, watch = self.fishleg, self._watch
+        self._build()
+        self._watch.take_over(watch)
+        before.remove()
+        self.fishleg.inherit(before, warm_up=warm_up)
+        self._expose()
+
+    def _trainable(self) -> frozenset[Tensor]:
+        return frozenset(p for group in self.param_groups for p in group["params"] if p.requires_grad)
 
     def _watching(self) -> bool:
         """Tell whether the next step needs what passes through the model."""
@@ -163,37 +183,46 @@ class FishLeg(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._adopt()
+        if self._trainable() != self._trained:
+            self._rebuild(warm_up=False)
+        self.fishleg.check()
+        self._adopt(self.fishleg)
         g = self._gradients()
         if g:
-            self._begin()
-            source = _Source(self, g)
-            with torch.autocast(self._first.device.type, enabled=False):
-                self.fishleg.advance(source, source.batch)
+            self._advance(g)
             self._learn()
             if self._feed is not None:
                 self._feed.used()
         self._watch.forget()
         return loss
 
-    def _adopt(self) -> None:
+    def _advance(self, g: dict[str, Packed]) -> None:
+        """Take the step, and before the first one what the original's call asks for; undone if anything raises."""
+        start = None if self.fishleg.steps else self._start
+        before = self.fishleg.state_dict() if start is not None else {}
+        source = LeftGradient(g, self.batch, whole=self._options.get("aux_batch_size") is None)
+        try:
+            with torch.autocast(self._first.device.type, enabled=False):
+                if start is not None:
+                    self._begin(start)
+                self.fishleg.advance(source, source.batch)
+        except BaseException:
+            if start is not None and self._feed is not None:
+                self.fishleg.load_state_dict(before)
+                self._feed.resume(0)
+            raise
+
+    def _adopt(self, fishleg: FishLegStep) -> None:
         """Bring what the groups say into force."""
         for group in self.param_groups:
             _checks.group(group)
-        for group, hyper in zip(self.param_groups, self.fishleg.hypers, strict=True):
+        for group, hyper in zip(self.param_groups, fishleg.hypers, strict=True):
             for value, tensor in (
                 (group["lr"], hyper.lr), (group["weight_decay"], hyper.weight_decay), (group["betas"][0], hyper.beta),
             ):  # fmt: skip
                 tensor.fill_(float(value))
             set_damping(hyper, group["damping"])
-        for name, members in self.fishleg.groups_of_blocks().items():
-            groups = [self.param_groups[i] for i in members]
-            different = [key for key in _SHARED if any(g[key] != groups[0][key] for g in groups)]
-            if different:
-                raise ValueError(
-                    f"the parameters of {name!r} are in groups with different {', '.join(different)}, and must share "
-                    "them, as they share one Q; give these groups the same, or put the parameters into one group"
-                )
+        _checks.groups_agree(fishleg.groups_of_blocks(), self.param_groups)
 
     def _gradients(self) -> dict[str, Packed]:
         """Return the gradient by block; blocks without any are left out."""
@@ -205,29 +234,27 @@ class FishLeg(torch.optim.Optimizer):
         grads = {name: signs[p] * p.grad for name, p in params.items() if p.grad is not None}
         return self.fishleg.pack(grads)
 
-    def _begin(self) -> None:
-        """Before the first step, do what the original's call asks for."""
-        if self._start is None or self.fishleg.steps:
-            return
-        for module in self.fishleg.q.values():
-            module.scale_(self._start.scale)
+    def _begin(self, start: Start) -> None:
+        """Scale Q and let it learn, as the original's call asks for."""
         assert self._feed is not None
-        for _ in range(self._start.updates):
+        for module in self.fishleg.q.values():
+            module.scale_(start.scale)
+        for _ in range(start.updates):
             self.fishleg.update_aux(*self._feed.next())
             self._feed.used()
 
     def _learn(self) -> None:
-        """Let the likelihood learn its own parameters."""
-        likelihood, passes = self.fishleg.likelihood, self._watch.passes()
-        if likelihood is not None and self.fishleg.likelihood_tensors():
-            outputs = passes[-1].outputs if passes else None
-            if outputs is not None:
-                likelihood.learn_from_gradient_(outputs, self.fishleg.hyper.lr)
-
-    @property
-    def whole_batches(self) -> bool:
-        """Whether Q learns from whole batches, not from their first examples."""
-        return self._options.get("aux_batch_size") is None
+        """Let the likelihood learn its own parameters, at the rate of their group, and clear their gradients."""
+        own, passes = self._likelihood.tensors(), self._watch.passes()
+        if own and passes and passes[-1].outputs is not None:
+            last = passes[-1]
+            member = next(iter(own.values()))
+            i = next(i for i, group in enumerate(self.param_groups) if any(p is member for p in group["params"]))
+            sign = -1 if self.param_groups[i]["maximize"] else 1
+            weight = None if last.cotangent is None else self._likelihood.weight_seen(last.outputs, last.cotangent)
+            self._likelihood.learn_from_gradient_(last.outputs, sign * self.fishleg.hypers[i].lr, weight)
+        for tensor in own.values():
+            tensor.grad = None
 
     def batch(self) -> Batch:
         """Run the model on the batch that Q is to learn from.
@@ -263,8 +290,6 @@ class FishLeg(torch.optim.Optimizer):
             set_to_none: Whether to set them to ``None`` instead of to zero.
         """
         super().zero_grad(set_to_none)
-        for tensor in self.fishleg.likelihood_tensors().values():
-            tensor.grad = None
         self._watch.forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -276,19 +301,25 @@ class FishLeg(torch.optim.Optimizer):
         Raises:
             ValueError: If a parameter is not the model's; nothing is changed.
         """
-        super().add_param_group(param_group)
         if not self._ready:
+            super().add_param_group(param_group)
             return
-        before, watch = self.fishleg, self._watch
+        super().add_param_group(self._named(param_group))
         try:
-            self._build()
+            self._rebuild(warm_up=True)
         except BaseException:
             self.param_groups.pop()
             raise
-        watch.remove()
-        before.remove()
-        self.fishleg.inherit(before)
-        self._expose()
+
+    def _named(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        """Return a group with names where the groups have them, and without where they have not."""
+        params = param_group["params"]
+        listed = [params] if isinstance(params, Tensor) else list(params)
+        names: dict[Any, str] = {p: name for name, p in unwrapped(self._called).named_parameters()}
+        plain = [p[1] if isinstance(p, tuple) else p for p in listed]
+        if "param_names" in self.param_groups[0]:
+            return {**param_group, "params": [(names.get(p, ""), p) for p in plain]}
+        return {**param_group, "params": plain}
 
     def report(self) -> Report:
         """Return what is done with every parameter; printable.
@@ -362,34 +393,3 @@ class FishLeg(torch.optim.Optimizer):
             "FishLeg must not be copied or pickled: copy or save the model, make an optimizer for the copy, and "
             "load_state_dict(optimizer.state_dict())"
         )
-
-
-class _Source:
-    """A gradient that backward passes have left, and the batch behind it.
-
-    Args:
-        optimizer: Knows the batch.
-        g: Gradient by block.
-    """
-
-    def __init__(self, optimizer: FishLeg, g: Mapping[str, Packed]) -> None:
-        self._optimizer, self._g = optimizer, g
-        self._batch: Batch | None = None
-
-    def gradient(self) -> tuple[Tensor, Mapping[str, Packed], Tensor]:
-        """Return no loss, the gradient, and a checksum."""
-        sums = checksum(self._g)
-        return torch.zeros_like(sums), self._g, sums
-
-    def batch(self) -> Batch:
-        """Return where the Fisher is taken, run once."""
-        if self._batch is None:
-            self._batch = self._optimizer.batch()
-        return self._batch
-
-    def probe(self, q: Mapping[str, QModule]) -> Mapping[str, Packed]:
-        """Return the gradient of that batch, of fewer rows where that is cheaper; else the one that was left."""
-        batch = self.batch()
-        if batch.has_gradient and self._optimizer.whole_batches:
-            return batch.probe(q)
-        return {k: self._g[k] if k in self._g else next(q[k].parameters()).new_zeros(q[k].shape) for k in q}

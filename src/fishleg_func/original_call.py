@@ -83,7 +83,8 @@ class _FromFunctions(Likelihood):
         return self._nll(_Returning(outputs), (outputs, targets))
 
     def sample(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        seed = int(torch.randint(2**62, (), generator=generator))
+        where = "cpu" if generator is None else generator.device
+        seed = int(torch.randint(2**62, (), generator=generator, device=where))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             drawn = self._draw(_Returning(outputs), outputs)

@@ -11,6 +11,7 @@ For one weight this is the optimal brain surgeon: :math:`\delta = -w_i Q e_i / Q
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -307,6 +308,11 @@ def _compensated(
 
     b = weights * removed
     solution, _, residual = conjugate_gradients(multiply, b, lambda r: r / diagonal, tol, _MAX_ITERATIONS)
+    if not math.isfinite(residual):
+        raise FloatingPointError(
+            f"the compensation has a residual of {residual}, and must have a finite one; nothing was changed. Convert "
+            "the model with .float(), and estimate the inverse of that"
+        )
     if residual > tol:
         warnings.warn(
             f"the compensation has a residual of {residual:.2g} after {_MAX_ITERATIONS} iterations, and must have one "

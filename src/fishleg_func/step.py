@@ -200,9 +200,14 @@ class FishLegStep(Engine):
 
         Returns:
             The operator, which stays as it is while training goes on.
+
+        Raises:
+            ValueError: If groups of parameters have different dampings.
         """
-        blocks = self._runner.plan.blocks
-        return InverseFisher(blocks, self.q, covered(self.model, blocks), float(self.damping))
+        blocks, dampings = self._runner.plan.blocks, {float(x) for x in self._curvature.damping().values()}
+        if len(dampings) > 1:
+            raise ValueError(f"damping of groups in {sorted(dampings)} must be one number; give all groups the same")
+        return InverseFisher(blocks, self.q, covered(self.model, blocks), dampings.pop())
 
     @torch.no_grad()
     def statistics(self, inputs: Inputs | None = None, n: int = 8) -> dict[str, float]:

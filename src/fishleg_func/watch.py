@@ -60,7 +60,7 @@ class Watch:
 
     def __init__(self, model: nn.Module, output: Callable[[Any], Tensor] | None, wanted: Callable[[], bool]) -> None:
         self._model, self._output, self._wanted = model, output, wanted
-        self._state: RandomState | None = None
+        self._states: list[RandomState | None] = []  # at the start of calls that have not returned
         self._passes: list[weakref.ref[Pass]] = []  # the hooks hold them: each lives as long as its graph,
         self._reached: list[Pass] = []  # or, once a backward pass has come by, until the step
         self._handles = [
@@ -84,6 +84,12 @@ class Watch:
         self._passes = []
         self._reached.clear()
 
+    def take_over(self, other: Watch) -> None:
+        """Take the place of another on the same model, with the passes that it has seen."""
+        self._passes, self._reached = list(other._passes), other._reached
+        other._reached = []
+        other.remove()
+
     def __reduce__(self) -> tuple[Callable[[], Watch], tuple[()]]:
         """Become an inert one in a copy of the model."""
         return _inert, ()
@@ -94,13 +100,13 @@ class Watch:
         return not torch.is_grad_enabled() or not self._wanted()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._state = None if self._idle() else random_state(module)
+        self._states.append(None if self._idle() else random_state(module))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        if self._state is None or self._idle():
+        state = self._states.pop() if self._states else None
+        if state is None or self._states or self._idle():  # inner calls of a model that calls itself are parts
             return
-        seen = Pass(_detached(Call(args, kwargs)), self._state, self._reached)
-        self._state = None
+        seen = Pass(_copied(Call(args, kwargs)), state, self._reached)
         natural = out if self._output is None else self._output(out)
         leaves = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad and t is not natural]
         if isinstance(natural, Tensor) and natural.requires_grad:
@@ -140,14 +146,20 @@ def _on_gradient(tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
     node.register_prehook(before)
 
 
-def _detached(call: Call) -> Call:
-    """Return a call without the caller's autograd graph."""
-    detached: Call = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, call)
-    return detached
+def _copied(call: Call) -> Call:
+    """Return a call as it is now: the loop may write the next batch into the same tensors."""
+    copied: Call = pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, call)
+    return copied
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return a is b or bool(a == b)
 
 
 def join(passes: Sequence[Pass]) -> Pass:
-    """Return several passes as one of a larger batch; where their shapes forbid that, the last of them.
+    """Return several passes as one of a larger batch, joined along first axes; where that cannot be, the last of them.
 
     Args:
         passes: At least one.
@@ -166,6 +178,8 @@ def join(passes: Sequence[Pass]) -> Pass:
             if any(x.shape[1:] != column[0].shape[1:] for x in column):
                 return last
             leaves.append(torch.cat(column))
+        elif any(not _same(x, column[-1]) for x in column):
+            return last
         else:
             leaves.append(column[-1])
     whole = Pass(pytree.tree_unflatten(leaves, flat[-1][1]), last.state, [])
