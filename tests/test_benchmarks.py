@@ -216,3 +216,14 @@ def test_inverse_measures_both_errors(tmp_path: Path, capsys: pytest.CaptureFixt
         assert [p.step for p in points] == [10, 20]
         assert all(0 < p.matrix_bound < p.matrix and p.gradient_bound > 0 for p in points)
     assert "deep linear network" in capsys.readouterr().out
+
+
+def test_conjugate_counts_iterations_that_solve(capsys: pytest.CaptureFixture[str]) -> None:
+    conjugate = importlib.import_module("conjugate")
+    arguments = ["--hidden", "4", "--epochs", "1", "--examples", "60", "--updates", "5", "--families", "diagonal"]
+    counts = conjugate.main([*arguments, "--damping", "0.1"])
+    assert [(c.side, c.method) for c in counts] == [
+        ("gradient", "plain"), ("normal", "plain"), ("gradient", "diagonal"), ("normal", "diagonal"),
+    ]  # fmt: skip
+    assert all(c.converged and c.iterations > 1 for c in counts)
+    assert str(counts[1].iterations) in capsys.readouterr().out
