@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fishleg_func as ff
 from fishleg_func import reference
-from fishleg_func.estimate import cycled
 
 GAMMA = 0.02
 CATEGORICAL = ff.likelihoods.Categorical()
@@ -139,8 +138,13 @@ def test_loaders_that_cannot_be_used_are_refused() -> None:
         estimate(mlp(), loader=[])
     with pytest.raises(ValueError, match="a generator yields once"):
         estimate(mlp(), loader=(batch for batch in batches()))
-    with pytest.raises(TypeError, match="must be a pair"):
-        next(cycled([torch.zeros(2)]))
+    with pytest.raises(ValueError, match="has 3 parts and must be"):
+        estimate(mlp(), loader=[(1, 2, 3)])
+
+
+def test_batches_may_be_dicts_of_keyword_arguments() -> None:
+    dicts = [{"input": x} for x, _ in batches()]
+    assert_close(estimate(mlp(), loader=dicts).dense(), estimate(mlp()).dense(), 1e-12)
 
 
 # --- the record, stopping, going on ---

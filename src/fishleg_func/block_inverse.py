@@ -56,15 +56,12 @@ class BlockInverse(Operator):
         for block in self._blocks:
             inverse = self._inverses[block.name]
             rows = cut(torch.func.vmap(block.pack)(v), inverse.shape[-1])
-            product |= self._unpacked(block, torch.einsum("kbj,bij->kbi", rows, inverse))
+            product |= self._joined(block, torch.einsum("kbj,bij->kbi", rows, inverse))
         return product
 
-    def _unpacked(self, block: Block, rows: Tensor) -> Params:
+    def _joined(self, block: Block, rows: Tensor) -> Params:
         """Undo :func:`cut` and the packing: ``[k, blocks, size]`` to parameters ``[k, *shape]``."""
-        like = {name: torch.empty(self.shapes[name], device="meta") for name in block.names.values()}
-        u = rows.flatten(1)[:, : math.prod(block.shape)].view(-1, *block.shape)
-        unpacked: Params = torch.func.vmap(lambda x: block.unpack(x, like))(u)
-        return unpacked
+        return self._unpacked(block, rows.flatten(1)[:, : math.prod(block.shape)].view(-1, *block.shape))
 
     @torch.no_grad()
     def diagonal(self) -> Params:
@@ -76,7 +73,7 @@ class BlockInverse(Operator):
         by_name: Params = {}
         for block in self._blocks:
             rows = self._inverses[block.name].diagonal(dim1=-2, dim2=-1).unsqueeze(0)
-            by_name |= self._unpacked(block, rows)
+            by_name |= self._joined(block, rows)
         return {name: by_name[name].squeeze(0) for name in self.names}
 
 

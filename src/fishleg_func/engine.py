@@ -144,7 +144,7 @@ class Engine:
         return self._runner.run(inputs, targets, twice=True, cotangent=cotangent)
 
     def advance(self, source: Gradient, batch_for_q: Callable[[], Batch]) -> None:
-        """Take a step along a gradient that was made elsewhere; eager only.
+        """Take a step along a gradient that was made elsewhere, after :meth:`check`; eager only.
 
         Args:
             source: The gradient.
@@ -153,7 +153,6 @@ class Engine:
         Raises:
             FloatingPointError: If the gradient is not finite; nothing is changed.
         """
-        self.check()
         self._sync()
         with restored_on_error(self.model):
             loss, _, checksum = source.gradient()

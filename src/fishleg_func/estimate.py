@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import _checks
 from .entry import fishlegify
+from .feed import Feed
 from .inverse import Fit, InverseFisher
 from .likelihoods import Likelihood
 from .step import FishLegStep
@@ -51,8 +52,9 @@ def estimate_inverse_fisher(
     Args:
         model: Any module, in the mode (train or eval) that it is in.
         likelihood: What its outputs are the natural parameters of.
-        loader: Pairs ``(inputs, targets)``, such as a ``DataLoader``; one update for each, again from the start when it
-            is exhausted. The first is also what accuracy is read on. Targets may be ``None`` where nothing needs them.
+        loader: Pairs ``(inputs, targets)``, or dicts of keyword arguments, such as a ``DataLoader`` gives; one update for
+            each, again from the start when it is exhausted. The first is also what accuracy is read on. Targets may be
+            ``None`` where nothing needs them.
         damping: γ, in the units of the Fisher.
         updates: Auxiliary updates in all, those in ``state`` with them.
         q: Q family, as in :func:`fishlegify`; ``"joint"`` for the whole inverse, of small models.
@@ -105,9 +107,8 @@ def estimate_inverse_fisher(
         include=include, exclude=exclude, output=output, generator=generator,
     ) as step:  # fmt: skip
         done = _begin(step, damping, state, updates)
-        batches = cycled(loader)
         with _bar(progress, updates, done) as report:
-            done, accuracy, stopped = _run(step, batches, done, updates, aux_lr, tolerance, check_every, report)
+            done, accuracy, stopped = _run(step, Feed(loader), done, updates, aux_lr, tolerance, check_every, report)
         op = step.inverse_fisher()
         op.fit = Fit(done, tuple(accuracy), stopped, {"step": step.state_dict(), "updates": done})
     return op
@@ -131,7 +132,7 @@ def _begin(step: FishLegStep, damping: float, state: Mapping[str, Any] | None, u
 
 def _run(
     step: FishLegStep,
-    batches: Iterator[tuple[Any, Tensor | None]],
+    feed: Feed,
     done: int,
     updates: int,
     aux_lr: float,
@@ -143,10 +144,11 @@ def _run(
     accuracy: list[tuple[int, float]] = []
     metered: Any = None
     while done < updates:
-        inputs, targets = next(batches)
+        inputs, targets = feed.next()
         metered = inputs if metered is None else metered
         step.hyper.aux_lr.fill_(aux_lr * (1 - done / updates))
         step.update_aux(inputs, targets)
+        feed.used()
         done += 1
         if done % check_every == 0 or done == updates:
             accuracy.append((done, step.accuracy(metered, _METER_PROBES).overall))
@@ -154,30 +156,6 @@ def _run(
                 return done, accuracy, True
         report(done, accuracy[-1][1] if accuracy else None)
     return done, accuracy, False
-
-
-def cycled(loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor | None]]:
-    """Yield pairs from a loader for ever.
-
-    Args:
-        loader: Iterated anew whenever it is exhausted.
-
-    Yields:
-        ``(inputs, targets)``.
-
-    Raises:
-        ValueError: If there is nothing in it, at first or when it is iterated anew.
-    """
-    while True:
-        empty = True
-        for batch in loader:
-            empty = False
-            yield _checks.pair(batch)
-        if empty:
-            raise ValueError(
-                f"loader={loader!r} must yield batches, every time that it is iterated; a generator yields once: pass "
-                "a list or a DataLoader"
-            )
 
 
 def _bar(progress: bool, updates: int, done: int) -> AbstractContextManager[Callable[[int, float | None], None]]:

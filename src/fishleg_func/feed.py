@@ -1,4 +1,4 @@
-"""The auxiliary loader: batches that only Q learns from."""
+"""Loaders whose batches only Q learns from."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ class Feed:
         self._batches, self.position = iter(self._loader), 0
         for batch in self._batches:
             return batch
-        raise ValueError("aux_loader has no batches, and must have some each time that it is iterated")
+        raise ValueError(
+            f"loader={self._loader!r} must yield batches, every time that it is iterated; a generator yields once: "
+            "pass a list or a DataLoader"
+        )
 
 
 def _split(batch: Any) -> tuple[Inputs, Tensor | None]:
@@ -72,6 +75,6 @@ def _split(batch: Any) -> tuple[Inputs, Tensor | None]:
         if len(batch) == 1:
             return batch[0], None
         raise ValueError(
-            f"a batch of aux_loader has {len(batch)} parts and must be (inputs, targets), (inputs,), a tensor or a dict"
+            f"a batch of a loader has {len(batch)} parts and must be (inputs, targets), (inputs,), a tensor or a dict"
         )
     return batch, None

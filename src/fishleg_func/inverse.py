@@ -114,12 +114,6 @@ class InverseFisher(Operator):
             product |= self._unpacked(block, dense(u))
         return product
 
-    def _unpacked(self, block: Block, u: Tensor) -> Params:
-        """Unpack ``[k, *packed shape]``."""
-        like = {name: torch.empty(self.shapes[name], device="meta") for name in block.names.values()}
-        unpacked: Params = torch.func.vmap(lambda x: block.unpack(x, like))(u)
-        return unpacked
-
     @torch.no_grad()
     def diagonal(self) -> Params:
         """Return the diagonal of Q; ``op.flatten(op.diagonal())`` is the flat one.

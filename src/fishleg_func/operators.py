@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _checks
 from ._types import Params
+from .blocks import Block
 
 _DENSE_LIMIT = 10_000  # parameters; a float64 matrix of that size takes 800 MB
 
@@ -45,6 +46,12 @@ class Operator(ABC):
         self._dtypes = {name: params[name].dtype for name in self.names}
         self.dtype = max(self._dtypes.values(), key=lambda d: torch.finfo(d).bits)
         self.device = params[self.names[0]].device
+
+    def _unpacked(self, block: Block, u: Tensor) -> Params:
+        """Unpack ``[k, *packed shape]`` to parameters ``[k, *shape]``."""
+        like = {name: torch.empty(self.shapes[name], device="meta") for name in block.names.values()}
+        unpacked: Params = torch.func.vmap(lambda x: block.unpack(x, like))(u)
+        return unpacked
 
     @abstractmethod
     def _products(self, v: Params) -> Params:
