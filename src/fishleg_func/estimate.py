@@ -52,8 +52,8 @@ def estimate_inverse_fisher(
     Args:
         model: Any module, in the mode (train or eval) that it is in.
         likelihood: What its outputs are the natural parameters of.
-        loader: Pairs ``(inputs, targets)``, or dicts of keyword arguments, such as a ``DataLoader`` gives; one update for
-            each, again from the start when it is exhausted. The first is also what accuracy is read on. Targets may be
+        loader: Pairs ``(inputs, targets)``, or dicts of keyword arguments, such as a ``DataLoader`` gives; one update
+            for each, again from the start when it is exhausted. The first is also what accuracy is read on. Targets may be
             ``None`` where nothing needs them.
         damping: γ, in the units of the Fisher.
         updates: Auxiliary updates in all, those in ``state`` with them.
