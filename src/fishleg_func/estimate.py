@@ -52,9 +52,9 @@ def estimate_inverse_fisher(
     Args:
         model: Any module, in the mode (train or eval) that it is in.
         likelihood: What its outputs are the natural parameters of.
-        loader: Pairs ``(inputs, targets)``, or dicts of keyword arguments, such as a ``DataLoader`` gives; one update
-            for each, again from the start when it is exhausted. The first is also what accuracy is read on. Targets may be
-            ``None`` where nothing needs them.
+        loader: Pairs ``(inputs, targets)``, or dicts of keyword arguments, such as a ``DataLoader`` gives: one for each
+            update, again from the start when it is exhausted. The first is also what accuracy is read on. Targets may
+            be ``None`` where nothing needs them.
         damping: γ, in the units of the Fisher.
         updates: Auxiliary updates in all, those in ``state`` with them.
         q: Q family, as in :func:`fishlegify`; ``"joint"`` for the whole inverse, of small models.
