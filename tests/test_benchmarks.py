@@ -40,12 +40,12 @@ def test_step_cost_reports_ratios_memory_and_state(
 ) -> None:
     monkeypatch.setattr(step_cost, "MIN_REPS", 2)
     file = tmp_path / "costs.json"
-    arguments = ["--models", "mlp", "--methods", "fishleg", "muon", "--reps", "2", "--threads", "1"]
+    arguments = ["--models", "mlp", "--methods", "fishleg", "muon", "optimizer", "--reps", "2", "--threads", "1"]
     (found,) = step_cost.main([*arguments, "--json", str(file)])
     assert found.parameters == 2 * (8 * 8 + 8)
-    adamw, fishleg, muon = found.costs
-    assert [c.method for c in found.costs] == ["adamw", "fishleg", "muon"]
-    assert fishleg.ratios.keys() == {"amortized", "plain", "auxiliary", "refresh"}
+    adamw, fishleg, muon, optimizer = found.costs
+    assert [c.method for c in found.costs] == ["adamw", "fishleg", "muon", "optimizer"]
+    assert fishleg.ratios.keys() == optimizer.ratios.keys() == {"amortized", "plain", "auxiliary", "refresh"}
     assert adamw.ratios.keys() == muon.ratios.keys() == {"amortized"}
     assert all(r > 0 for c in found.costs for r in c.ratios.values())
     assert adamw.state_bytes == 2 * 4 * found.parameters + 4 * 4  # two moments, and a count for each parameter

@@ -136,7 +136,7 @@ def test_a_group_that_is_added_later_trains_and_keeps_what_was_learned() -> None
     assert torch.equal(first, parameters(model[0]))  # type: ignore[index]
     losses = train(optimizer, model, "mlp", range(12, 24))
     assert not torch.equal(first, parameters(model[0])) and all(x < 10 for x in losses)  # type: ignore[index]
-    assert len(model._forward_hooks) == 1 and len(model[0]._forward_hooks) == 1  # type: ignore[index]
+    assert len(model._forward_hooks) == 1 and len(model[0]._forward_hooks) == 2  # type: ignore[index]
     with pytest.raises(ValueError, match="must be one of the model's"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     assert len(optimizer.param_groups) == 2
@@ -246,7 +246,7 @@ def test_a_group_that_cannot_be_added_changes_nothing(bad: dict[str, Any]) -> No
         optimizer.add_param_group({"params": [model[0].bias], **bad})  # type: ignore[index]
     assert optimizer.fishleg is before and len(optimizer.param_groups) == 1
     assert_same_state(state, optimizer.fishleg.state_dict())
-    assert len(model[0]._forward_hooks) == 1  # type: ignore[index]
+    assert len(model[0]._forward_hooks) == 2  # type: ignore[index]
     model[0].bias.requires_grad_(False)  # type: ignore[index]
     train(optimizer, model, "mlp", range(3, 5))
 

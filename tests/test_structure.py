@@ -25,7 +25,7 @@ LAYERS = (  # a module imports from its own layer, without cycles, and from thos
     {"engine"},
     {"step"},
     {"entry", "original_checkpoint"},
-    {"feed", "watch", "left_gradient", "original_call"},
+    {"feed", "layer_watch", "watch", "left_gradient", "original_call"},
     {"optimizer"},
     {"estimate", "block_inverse", "masks", "selection"},
     {"pruning"},

@@ -151,7 +151,7 @@ class Contender:
 
     step: Callable[[Tensor, Tensor], object]
     state_bytes: Callable[[], int]  # kept between steps
-    set_rate: Callable[[float], None]  # of learning
+    set_rate: Callable[[float], object]  # of learning
     period: int  # steps in which it does all that it ever does
     jump: Callable[[int], None] | None = None  # FishLeg: make the next step number t
 
@@ -173,16 +173,28 @@ def contender(method: str, problem: Problem, model: nn.Module, original: Path | 
 
 def make_fishleg(problem: Problem, model: nn.Module, compiled: bool = False, **settings: Any) -> Contender:
     """Return FishLeg, at its defaults but for the settings."""
-    step = ff.fishlegify(model, problem.likelihood, **settings)
+    fishleg = ff.fishlegify(model, problem.likelihood, **settings)
+    step = torch.compile(fishleg, fullgraph=True) if compiled else fishleg
+    return _of(fishleg, step, fishleg.hyper.lr.fill_)
 
+
+def make_optimizer(problem: Problem, model: nn.Module) -> Contender:
+    """Return FishLeg as an optimizer, which meets the gradients that ``backward`` leaves in the parameters."""
+    optimizer = ff.FishLeg(model, problem.likelihood)
+    usual = conventional(problem, model, [optimizer])
+    return _of(optimizer.fishleg, usual.step, usual.set_rate)
+
+
+def _of(
+    fishleg: ff.FishLegStep, step: Callable[[Tensor, Tensor], object], set_rate: Callable[[float], object]
+) -> Contender:
     def jump(t: int) -> None:
-        step.load_state_dict(step.state_dict() | {"t": t})
+        fishleg.load_state_dict(fishleg.state_dict() | {"t": t})
 
     def state_bytes() -> int:
-        return sum(row.state_bytes for row in step.report().rows)
+        return sum(row.state_bytes for row in fishleg.report().rows)
 
-    set_rate = step.hyper.lr.fill_
-    return Contender(torch.compile(step, fullgraph=True) if compiled else step, state_bytes, set_rate, CADENCE, jump)
+    return Contender(step, state_bytes, set_rate, CADENCE, jump)
 
 
 def make_adamw(problem: Problem, model: nn.Module) -> Contender:
@@ -289,6 +301,7 @@ MAKERS: dict[str, Callable[[Problem, nn.Module], Contender]] = {
     "adamw": make_adamw,
     "fishleg": make_fishleg,
     "compiled": partial(make_fishleg, compiled=True),
+    "optimizer": make_optimizer,
     "muon": make_muon,
     "soap": make_soap,
     "shampoo": make_shampoo,

@@ -51,6 +51,11 @@ class Block:
             return (flat[0] if len(flat) == 1 else torch.cat(flat)).view(self.shape)
         return self.spec.pack(local)
 
+    def times(self, tensors: Params, r: Tensor) -> Tensor:
+        """Return what :meth:`pack` gives times a matrix ``r``, of a block that is a hooked layer."""
+        assert isinstance(self.spec, LayerSpec)
+        return self.spec.times({name: tensors[q] for name, q in self.names.items()}, r)
+
     def unpack(self, u: Tensor, like: Params) -> Params:
         """Undo :meth:`pack`, but for the dtype; ``like`` gives the parameters' shapes."""
         if self.spec is None:

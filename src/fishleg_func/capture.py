@@ -288,14 +288,15 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         """Become an inert hook in a copy."""
-        return _inert, ()
+        return inert_hook, ()
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """The inert hook."""
 
 
-def _inert() -> Callable[..., None]:
+def inert_hook() -> Callable[..., None]:
+    """Return the hook that stands in copies of a model for one of this library."""
     return _nothing
 
 

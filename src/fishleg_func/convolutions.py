@@ -112,6 +112,9 @@ class ConvTransposeSpec(ConvSpec):
     def pack(self, tensors: Params) -> Tensor:
         return super().pack(tensors | {"weight": self._exchanged(tensors["weight"])})
 
+    def times(self, tensors: Params, r: Tensor) -> Tensor:
+        return super().times(tensors | {"weight": self._exchanged(tensors["weight"])}, r)
+
     def unpack(self, u: Tensor) -> Params:
         tensors = super().unpack(u)
         return tensors | {"weight": self._exchanged(tensors["weight"])}

@@ -21,6 +21,7 @@ from .likelihoods import Likelihood
 from .momentum import Momentum
 from .qmodules import QModule
 from .schedule import is_due, is_refresh
+from .transform import Plan
 
 _DEFAULT_CADENCE = 10  # steps between statistics where update_aux_every=0 learns nothing
 
@@ -82,6 +83,11 @@ class Engine:
         return self._due()[0]
 
     @property
+    def plan(self) -> Plan:
+        """What is trained, and how."""
+        return self._runner.plan
+
+    @property
     def steps(self) -> int:
         """Steps so far."""
         return self._t
@@ -108,11 +114,12 @@ class Engine:
         blocks = self._runner.plan.blocks
         return {b.name: [self._groups.of_parameter[n] for n in b.names.values()] for b in blocks}
 
-    def pack(self, gradients: Params) -> dict[str, Packed]:
+    def pack(self, gradients: Params, factored: Mapping[str, Packed]) -> dict[str, Packed]:
         """Pack gradients by parameter name; blocks of which none is given are left out, else zeros fill in.
 
         Args:
             gradients: By name, of parameters that are trained.
+            factored: By block, in place of these.
 
         Returns:
             By block.
@@ -121,7 +128,7 @@ class Engine:
         blocks = [b for b in self._runner.plan.blocks if any(n in gradients for n in b.names.values())]
         names = {n for b in blocks for n in b.names.values()}
         whole = {n: gradients[n] if n in gradients else torch.zeros_like(params[n]) for n in names}
-        return {b.name: b.pack(whole) for b in blocks}
+        return {b.name: factored[b.name] if b.name in factored else b.pack(whole) for b in blocks}
 
     def run(self, inputs: Inputs, targets: Tensor | None, cotangent: Tensor | None = None) -> Batch:
         """Run a batch that Q is to learn from, or its first ``aux_batch_size`` examples.

@@ -74,6 +74,11 @@ class Matrix(Layout):
         u, *bias = (tensors[name].reshape(*self._stacked[:2], -1) for name in self.names)  # "(g o) ... -> g o (...)"
         return torch.cat((u, *bias), -1).view(self.shape) if bias else u.reshape(self.shape)
 
+    def times(self, tensors: Params, r: Tensor) -> Tensor:
+        u, *bias = (tensors[name].reshape(*self._stacked[:2], -1) for name in self.names)
+        product = u @ r[: u.shape[-1]]
+        return (product + bias[0] * r[-1] if bias else product).view(*self.shape[:-1], -1)
+
     def unpack(self, u: Tensor) -> Params:
         u = u.view(self._stacked)
         if not self.has_bias:
@@ -168,6 +173,18 @@ class LayerSpec(Layout):
             A tensor of :attr:`shape`.
         """
         return LowRank(self.output_rows(delta), self.input_rows(x)).dense()
+
+    def times(self, tensors: Params, r: Tensor) -> Tensor:
+        """Return the packed matrix of some tensors times a matrix, where that can be had without packing.
+
+        Args:
+            tensors: By their names in the module, as for :meth:`pack`.
+            r: Shape ``[n, columns]``.
+
+        Returns:
+            Shape ``[..., m, columns]``.
+        """
+        return self.pack(tensors) @ r
 
     @abstractmethod
     def tangent(self, x: Tensor, v: Packed) -> Tensor:

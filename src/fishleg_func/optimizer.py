@@ -17,6 +17,7 @@ from .capture import kept_random_state, set_random_state
 from .diagnostics import Report
 from .entry import fishlegify, set_damping
 from .feed import Feed
+from .layer_watch import LayerWatch
 from .left_gradient import LeftGradient
 from .original_call import Start, translate
 from .step import FishLegStep
@@ -134,7 +135,8 @@ class FishLeg(torch.optim.Optimizer):
             return optimizer is not None and optimizer._watching()
 
         self.fishleg, self._trained = fishleg, self._trainable()
-        self._watch = Watch(self._called, self._options.get("output"), watching)
+        layers = LayerWatch(fishleg.plan.blocks, fishleg.plan.layers)
+        self._watch = Watch(self._called, self._options.get("output"), watching, layers)
         weakref.finalize(self, self._watch.remove)
         self._first = every[0][0]
         self._ready = True
@@ -231,8 +233,8 @@ class FishLeg(torch.optim.Optimizer):
         sparse = [name for name, p in params.items() if p.grad is not None and p.grad.layout != torch.strided]
         if sparse:
             raise ValueError(f"the gradients of {sparse} must be dense; make the embeddings with sparse=False")
-        grads = {name: signs[p] * p.grad for name, p in params.items() if p.grad is not None}
-        return self.fishleg.pack(grads)
+        grads = {n: p.grad if signs[p] > 0 else -p.grad for n, p in params.items() if p.grad is not None}
+        return self.fishleg.pack(grads, self._watch.layers.factors(grads))
 
     def _begin(self, start: Start) -> None:
         """Scale Q and let it learn, as the original's call asks for."""

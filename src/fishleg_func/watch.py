@@ -11,7 +11,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ._types import Call
-from .capture import RandomState, is_own_run, random_state
+from .capture import RandomState, random_state
+from .layer_watch import LayerWatch, is_training_pass
 
 
 class Pass:
@@ -56,10 +57,17 @@ class Watch:
         model: The module that the training loop calls.
         output: From what it returns to natural parameters.
         wanted: Tells whether passes are to be kept now.
+        layers: The hooks on its layers.
     """
 
-    def __init__(self, model: nn.Module, output: Callable[[Any], Tensor] | None, wanted: Callable[[], bool]) -> None:
-        self._model, self._output, self._wanted = model, output, wanted
+    def __init__(
+        self,
+        model: nn.Module,
+        output: Callable[[Any], Tensor] | None,
+        wanted: Callable[[], bool],
+        layers: LayerWatch,
+    ) -> None:
+        self._model, self._output, self._wanted, self.layers = model, output, wanted, layers
         self._states: list[RandomState | None] = []  # at the start of calls that have not returned
         self._passes: list[weakref.ref[Pass]] = []  # the hooks hold them: each lives as long as its graph,
         self._reached: list[Pass] = []  # or, once a backward pass has come by, until the step
@@ -76,6 +84,7 @@ class Watch:
         """Drop those passes; what was run forward, and not yet backward, stays while its graph does."""
         self._passes = [ref for ref in self._passes if (p := ref()) is not None and not p.reached]
         self._reached.clear()
+        self.layers.forget()
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -83,6 +92,7 @@ class Watch:
             handle.remove()
         self._passes = []
         self._reached.clear()
+        self.layers.remove()
 
     def take_over(self, other: Watch) -> None:
         """Take the place of another on the same model, with the passes that it has seen."""
@@ -95,9 +105,7 @@ class Watch:
         return _inert, ()
 
     def _idle(self) -> bool:
-        if torch.compiler.is_compiling() or is_own_run() or _in_a_transform():
-            return True
-        return not torch.is_grad_enabled() or not self._wanted()
+        return not is_training_pass() or not self._wanted()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._states.append(None if self._idle() else random_state(module))
@@ -117,13 +125,8 @@ class Watch:
         self._passes.append(weakref.ref(seen))
 
 
-def _in_a_transform() -> bool:
-    """Tell whether torch.func is at work: its tensors end with it, and it leaves no gradients in parameters."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def _inert() -> Watch:
-    return Watch(nn.Identity(), None, bool)
+    return Watch(nn.Identity(), None, bool, LayerWatch((), {}))
 
 
 def _on_gradient(tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
