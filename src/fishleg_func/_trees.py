@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from ._opaque import LONG, opaque, readable, refused, unless_granted
 from ._types import LowRank, Packed, Symmetrized
@@ -60,9 +61,10 @@ def total(terms: Iterable[Tensor]) -> Tensor:
 
 
 def checksum(u: Mapping[str, Packed]) -> Tensor:
-    """Return a 0-d tensor that is finite only if all entries are: their sum, of factors a bound on the product's."""
+    """Return a 0-d tensor that is finite only if all entries are: their sum, of factors a bound on the product."""
     return total(
-        (x.d.abs().sum(-1) * x.a.abs().sum(-1)).sum() if isinstance(x, LowRank) else x.sum() for x in u.values()
+        (vector_norm(x.d, dim=-1) * vector_norm(x.a, dim=-1)).sum() if isinstance(x, LowRank) else x.sum()
+        for x in u.values()
     )
 
 
