@@ -49,7 +49,7 @@ def stepper(
     """Return a step with random λ and bases, and a batch."""
     model, x = CASES[case].model(), CASES[case].inputs(batch, seed)
     y = targets_for(model, x, likelihood, seed)
-    settings = {"lr": 0.05, "damping": 0.05, "weight_decay": 0.1, "aux_lr": 0.3, "generator": generator(0)} | options
+    settings = {"update_aux_every": 10, "lr": 0.05, "damping": 0.05, "weight_decay": 0.1, "aux_lr": 0.3, "generator": generator(0)} | options
     step = ff.fishlegify(model, LIKELIHOODS[likelihood], **settings)  # type: ignore[arg-type]
     randomize_(step)
     return step, x, y
@@ -77,7 +77,8 @@ def check_steps(
             weight_decay=hyper.weight_decay.item(), damping=hyper.damping.item(), step_norm=options.step_norm,
             momentum_rule=options.momentum, learn=learn, aux_rule=options.aux_rule, aux_lr=hyper.aux_lr.item(),
             precondition_aux=options.precondition_aux, sigma=SIGMA, kl_clip=hyper.kl_clip.item(),
-            aux_step=1 + sum(k != PLAIN for k in kinds[:number]), moments=moments, **given,
+            aux_step=1 + sum(k != PLAIN for k in kinds[:number]), moments=moments,
+            scale_free=options.step_norm == "layer" and options.u != "gaussian", **given,
         )  # fmt: skip
         where = f"step {number}, counter {kind}"
         moments = out.moments or moments

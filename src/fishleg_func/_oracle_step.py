@@ -270,6 +270,7 @@ def training_step(
     aux_lr: float = 0.2, precondition_aux: bool = False, sigma: float = 1.0, ignore_index: int = -100,
     aux_betas: tuple[float, float] = (0.9, 0.999), aux_eps: float = 1e-8, aux_step: int = 1,
     moments: Mapping[str, Moments] | None = None, curvature: Tensor | None = None, probe: Tensor | None = None,
+    scale_free: bool = False,
 ) -> StepResult:  # fmt: skip
     r"""Return one whole step: gradient, update of lambda if ``learn``, momentum, Q, step norm, parameters.
 
@@ -310,6 +311,7 @@ def training_step(
         moments: Adam's moments by block, as in the last result; by default zeros.
         curvature: Matrix in place of the exact F, ``[P, P]``.
         probe: u before its scaling, ``[P]``; by default the gradient.
+        scale_free: Whether the scale of Q does not count, in any block, for what lambda descends.
 
     Returns:
         What the step computed and the state after it; the model and the arguments are not changed.
@@ -346,7 +348,9 @@ def training_step(
         q, u = _whole(new, layout), g if probe is None else probe.double()
         size = (u @ q.detach() @ u).sqrt() if aux_rule == "relative" else u.norm()
         u = u / size if size > 0 else u
-        auxiliary, value = auxiliary_loss(F, damping, q, u).detach(), surrogate(F, damping, q, u, precondition_aux)
+        free = [where for where, _ in layout.values()] if scale_free else []
+        value = surrogate(F, damping, q, u, precondition_aux, free)
+        auxiliary = auxiliary_loss(F, damping, q, u).detach()
         for name, b in list(new.items()):
             slopes = torch.autograd.grad(value, list(b.lam.values()), retain_graph=True)
             slope, old = dict(zip(b.lam, slopes, strict=True)), (moments or {}).get(name, {})

@@ -2,7 +2,7 @@ r"""Oracles of the losses and matrices of FishLeg, part of ``fishleg_func.refere
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -317,13 +317,17 @@ def auxiliary_loss(fisher: Tensor, damping: float, q: Tensor, u: Tensor) -> Tens
     return (v @ fisher.double() @ v + damping * (v @ v)) / 2 - u.double() @ v
 
 
-def surrogate(fisher: Tensor, damping: float, q: Tensor, u: Tensor, preconditioned: bool) -> Tensor:
+def surrogate(
+    fisher: Tensor, damping: float, q: Tensor, u: Tensor, preconditioned: bool, blocks: Sequence[Tensor] = ()
+) -> Tensor:
     r"""Return the scalar whose gradient in the last Q is the one that lambda descends.
 
     .. math:: \langle w, Q u \rangle \ \text{or, preconditioned,}\ \langle Q w, Q u \rangle,
               \qquad w = (F + \gamma I) Q u - u
 
-    w and Q w are constants: only the last Q is differentiated. The plain form then has the gradient of A.
+    w and Q w are constants: only the last Q is differentiated. The plain form then has the gradient of A. In blocks
+    whose scale does not count, :math:`w = c\,(F + \gamma I) Q u - u` there, with c such that
+    :math:`w \perp Q u`, and zero where no c > 0 does it.
 
     Args:
         fisher: F, ``[P, P]``.
@@ -331,6 +335,7 @@ def surrogate(fisher: Tensor, damping: float, q: Tensor, u: Tensor, precondition
         q: Q, ``[P, P]``.
         u: Probe, ``[P]``.
         preconditioned: Whether Q is applied to w.
+        blocks: Positions in u of the blocks whose scale does not count.
 
     Returns:
         The scalar, ``[]``, float64.
@@ -345,5 +350,10 @@ def surrogate(fisher: Tensor, damping: float, q: Tensor, u: Tensor, precondition
         Garcia et al., "Fisher-Legendre (FishLeg) optimization of deep neural networks", ICLR 2023.
     """
     q, u = q.double(), u.double()
-    w = fisher.double() @ q @ u + damping * q @ u - u
+    v = q @ u
+    fv = fisher.double() @ v + damping * v
+    w = fv - u
+    for where in blocks:
+        along, square = u[where] @ v[where], v[where] @ fv[where]
+        w[where] = along / square * fv[where] - u[where] if square > 0 and along > 0 else 0.0
     return (q @ w if preconditioned else w).detach() @ (q @ u)
