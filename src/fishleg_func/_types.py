@@ -89,8 +89,8 @@ class Slot(NamedTuple):
     device: torch.device
 
     def zeros(self) -> Tensor:
-        """Return zeros of this shape, dtype and device."""
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        """Return zeros of this shape, dtype and device: one number, seen everywhere, not to be written to."""
+        return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
 
 
 class Linearization(NamedTuple):
@@ -99,13 +99,14 @@ class Linearization(NamedTuple):
     Attributes:
         outputs: Natural parameters of the likelihood, shape ``[N, ...]``.
         pullback: :math:`c \mapsto J^\top c`, from the shape of ``outputs`` to parameter space.
-        pushforward: :math:`v \mapsto Jv`, from parameter space to the shape of ``outputs``.
+        pushforward: :math:`v \mapsto Jv`, from parameter space to the shape of ``outputs``; with a linear map P as its
+            second argument, :math:`t \mapsto JP^\top t`.
         buffers: The model's buffers after this forward pass; the model's own are untouched.
     """
 
     outputs: Tensor
     pullback: Callable[[Tensor], Any]
-    pushforward: Callable[[Any], Tensor]
+    pushforward: Callable[..., Tensor]
     buffers: Params
 
 

@@ -184,7 +184,8 @@ class Batch:
         self._runner, self._inputs, self._targets, self._lin, self._packing = runner, inputs, targets, lin, packing
         self.buffers = lin.buffers
         self._loss_and_gradient: tuple[Tensor, dict[str, Packed], Tensor] | None = None
-        self._pulled: Any = None  # what the gradient was packed from
+        self._pulled: Any = None  # what the gradient was packed from, until the probe is
+        self._probe: dict[str, Packed] | None = None
         self.likelihood = runner.likelihood_for(lin.outputs, targets)
         self._cotangent = None if cotangent is None else cotangent.to(lin.outputs)  # from autocast, a lower dtype
 
@@ -227,7 +228,10 @@ class Batch:
     def probe(self, q: Mapping[str, QModule]) -> dict[str, Packed]:
         """Return the gradient as a probe for λ, in long layers estimated from some of its rows."""
         _, g, _ = self.gradient()
-        return self._packing.probe(self._pulled, g, q)
+        if self._probe is None:
+            self._probe = self._packing.probe(self._pulled, g, q)
+            self._pulled = None
+        return self._probe
 
     def random_gradient(
         self, q: Mapping[str, QModule], noise: Noise
@@ -268,7 +272,7 @@ class Batch:
         )
 
         def product(v: Mapping[str, Packed]) -> Mapping[str, Packed]:
-            moved = self._lin.pushforward(self._packing.tangents(v, params))
+            moved = self._lin.pushforward(*self._packing.tangents(v, params))
             return self._packing.gradients(self._lin.pullback(output_fisher(moved)))
 
         return product

@@ -7,7 +7,7 @@ forming a weight gradient. Hooks are inert outside of a step, and ``torch.compil
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -177,7 +177,7 @@ class Capture:
         return Linearization(outputs, pullback, pushforward_of(pullback, outputs), buffers), seen
 
 
-def pushforward_of(pullback: Callable[[Tensor], Any], outputs: Tensor) -> Callable[[Any], Tensor]:
+def pushforward_of(pullback: Callable[[Tensor], Any], outputs: Tensor) -> Callable[..., Tensor]:
     r"""Return :math:`v \mapsto Jv` as the transpose of the linear map :math:`c \mapsto J^\top c`.
 
     Args:
@@ -185,9 +185,11 @@ def pushforward_of(pullback: Callable[[Tensor], Any], outputs: Tensor) -> Callab
         outputs: What was differentiated.
     """
 
-    def pushforward(tangent: Any) -> Tensor:
-        pulled, transpose = torch.func.vjp(pullback, torch.zeros_like(outputs))  # type: ignore[misc]
-        result: Tensor = transpose(_ordered_like(pulled, tangent))[0]
+    def pushforward(tangent: Any, through: Callable[[Any], Any] = lambda pulled: pulled) -> Tensor:
+        pulled, transpose = torch.func.vjp(lambda c: through(pullback(c)), torch.zeros_like(outputs))  # type: ignore[misc]
+        tangent = _ordered_like(pulled, tangent)
+        del pulled
+        result: Tensor = transpose(tangent, retain_graph=False)[0]
         return result
 
     return pushforward
@@ -339,13 +341,24 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
+Save = Callable[[Iterable[Tensor]], None]
+
+
 @contextlib.contextmanager
-def tensors_restored_on_error(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Put tensors back to what they hold now if the block raises."""
-    saved = [t.detach().clone() for t in tensors]
+def tensors_restored_on_error() -> Iterator[Save]:
+    """Put tensors back if the block raises: it gets a function to be told them, each before it is written to.
+
+    In compiled code, which raises nothing, nothing is saved.
+    """
+    saved: dict[Tensor, Tensor] = {}
+
+    def save(tensors: Iterable[Tensor]) -> None:
+        if not torch.compiler.is_compiling():
+            saved.update({t: t.detach().clone() for t in tensors if t not in saved})
+
     try:
-        yield
+        yield save
     except BaseException:
-        for tensor, value in zip(tensors, saved, strict=True):
+        for tensor, value in saved.items():
             tensor.copy_(value)
         raise

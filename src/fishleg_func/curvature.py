@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from ._noise import Noise
 from ._trees import assign_
 from ._types import Groups, Options, Packed
 from .batch import Batch
+from .capture import Save
 from .qmodules import Carry, QModule, Roots, statistics_weight
 
 _LEAST_LEVEL = 1e-3  # of the largest that there was: bounds Q where the outputs have lost their variance
@@ -97,20 +98,22 @@ class Curvature:
     def prepare(
         self,
         batch: Batch,
-        make_probe: Callable[[], Mapping[str, Packed]],
+        u: Mapping[str, Packed],
         noise: Noise,
         *,
         refresh: bool,
         ok: Tensor | None,
+        save: Save,
     ) -> Prepared:
         """Run the model's and the likelihood's code; where the bases are due, gather statistics and refresh them.
 
         Args:
             batch: Where the Fisher is taken.
-            make_probe: Returns the direction u.
+            u: Direction of the probe, if λ moves.
             noise: Source of the draws.
             refresh: Whether the bases are due; if they are not, nothing is changed yet.
             ok: In compiled code, whether to change anything.
+            save: Is told what is about to be written.
 
         Returns:
             What :meth:`move` needs.
@@ -122,13 +125,14 @@ class Curvature:
         ok = both(ok, require_finite(torch.zeros_like(checksum), checksum, "a statistic of the Fisher"))
         gather = ok if self._options.aux_batch_size is None else both(ok, any_terms)  # a part may be all masked
         if refresh:
+            save([self._level, self._count, *(t for k, q in self.q.items() for t in (*q.buffers(), *self.own(k)))])
             self._gather(statistics, level, gather)
             damping = self.damping()
             for name in statistics:
                 self.q[name].refresh_(damping[name], ok)
             self.renew(ok=ok)
             statistics = {}  # they are in: their memory is free for the Fisher product
-        probe = self._probe(make_probe(), batch, noise) if self._options.update_aux_every else None
+        probe = self._probe(u, batch, noise) if self._options.update_aux_every else None
         return Prepared(statistics, level, gather, probe, refresh, ok)
 
     def _probe(self, u: Mapping[str, Packed], batch: Batch, noise: Noise) -> auxiliary.Probe:
@@ -179,7 +183,7 @@ class Curvature:
         """Return what :meth:`move` writes."""
         lam = [p for q in self.q.values() for p in q.parameters()]
         moments = list(self.rule.tensors().values()) if isinstance(self.rule, auxiliary.Adam) else []
-        return [*lam, *(t for name in self.q for t in self.own(name)), *moments]
+        return [*lam, *(t for name in self.q for t in self.own(name)), *moments, self.skipped]
 
     def renew(self, names: Iterable[str] | None = None, ok: Tensor | None = None) -> None:
         """Compute operators anew, of all blocks or some: updates of λ move them along, up to rounding."""

@@ -8,6 +8,7 @@ of ones for the bias) and gradients at its output into rows δ ``[..., rows, m]`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -146,6 +147,19 @@ class LayerSpec(Layout):
             Shape ``[rows, m]`` or ``[groups, rows, m]``.
         """
 
+    def rows_at(self, x: Tensor, delta: Tensor, chosen: Tensor) -> LowRank:
+        """Return some of the rows; by default from all of them.
+
+        Args:
+            x: What was kept of a call.
+            delta: Gradient at its output.
+            chosen: Indices of the rows.
+
+        Returns:
+            Those of δ and of a.
+        """
+        return LowRank(self.output_rows(delta)[..., chosen, :], self.input_rows(x)[..., chosen, :])
+
     def has_positions(self, x: Tensor) -> bool:
         """Tell whether the first axis of an input is examples, each of which makes several rows.
 
@@ -181,6 +195,18 @@ class LayerSpec(Layout):
             A tensor shaped like the layer's output.
         """
 
+    def paired_tangent(self, x: Tensor, v: Packed) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        r"""Return t and a linear map P with :math:`\langle P\delta, t \rangle = \langle \delta, T \rangle`, T the tangent.
+
+        Args:
+            x: What was kept of a call.
+            v: Packed direction.
+
+        Returns:
+            By default T itself and the identity; a smaller t saves memory.
+        """
+        return self.tangent(x, v), lambda delta: delta
+
 
 class LinearSpec(Matrix, LayerSpec):
     """``nn.Linear``: U = [W | b], shape ``[out, in + 1]``; any leading dimensions are rows."""
@@ -195,8 +221,16 @@ class LinearSpec(Matrix, LayerSpec):
     def output_rows(self, delta: Tensor) -> Tensor:
         return delta.reshape(-1, delta.shape[-1])
 
+    def rows_at(self, x: Tensor, delta: Tensor, chosen: Tensor) -> LowRank:
+        return LowRank(self.output_rows(delta)[chosen], self.input_rows(x.reshape(-1, x.shape[-1])[chosen]))
+
     def has_positions(self, x: Tensor) -> bool:
         return x.ndim > 2
+
+    def paired_tangent(self, x: Tensor, v: Packed) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        if not isinstance(v, LowRank):
+            return super().paired_tangent(x, v)
+        return self.input_rows(x) @ v.a.mT, lambda delta: self.output_rows(delta) @ v.d.mT
 
     def tangent(self, x: Tensor, v: Packed) -> Tensor:
         rows = self.input_rows(x)

@@ -125,10 +125,10 @@ class FishLegStep(Engine):
                 require_finite(loss, checksum, "a gradient")
                 self._runner.settle(source)
             refresh = is_refresh(self._updates, 1)
-            with tensors_restored_on_error(self._undoable()):
-                prepared = self._curvature.prepare(
-                    batch, lambda: self._probe(source, g), self._noise, refresh=refresh, ok=None
-                )
+            with tensors_restored_on_error() as save:
+                u = self._probe(source, g)
+                prepared = self._curvature.prepare(batch, u, self._noise, refresh=refresh, ok=None, save=save)
+                save(self._curvature.movable())
                 value = self._curvature.move(prepared).value
                 self._curvature.gather(prepared)
         self._averages.renew(self.q)
