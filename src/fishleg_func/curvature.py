@@ -125,27 +125,28 @@ class Curvature:
         ok = both(ok, require_finite(torch.zeros_like(checksum), checksum, "a statistic of the Fisher"))
         gather = ok if self._options.aux_batch_size is None else both(ok, any_terms)  # a part may be all masked
         if refresh:
-            save([self._level, self._count, *(t for k, q in self.q.items() for t in (*q.buffers(), *self.own(k)))])
+            save([self._level, self._count, *(t for q in self.q.values() for t in q.buffers())])
             self._gather(statistics, level, gather)
             damping = self.damping()
             for name in statistics:
                 self.q[name].refresh_(damping[name], ok)
-            self.renew(ok=ok)
             statistics = {}  # they are in: their memory is free for the Fisher product
-        probe = self._probe(u, batch, noise) if self._options.update_aux_every else None
+        probe = self._probe(u, batch, noise, refresh) if self._options.update_aux_every else None
         return Prepared(statistics, level, gather, probe, refresh, ok)
 
-    def _probe(self, u: Mapping[str, Packed], batch: Batch, noise: Noise) -> auxiliary.Probe:
+    def _probe(self, u: Mapping[str, Packed], batch: Batch, noise: Noise, refreshed: bool) -> auxiliary.Probe:
         options = self._options
         fisher = batch.fisher(options.fisher, noise.fork(2))
         return auxiliary.probe(
             self.q, self.operators, u, fisher, self.damping(), unit=options.aux_rule,
-            preconditioned=options.precondition_aux,
+            preconditioned=options.precondition_aux, outdated=refreshed,
         )  # fmt: skip
 
     def move(self, prepared: Prepared) -> Learned:
-        """Move λ by the rule; where A is not finite, λ stays."""
+        """Move λ by the rule, with the operators of refreshed bases; where A is not finite, λ stays."""
         probe, ok = prepared.probe, prepared.ok
+        if prepared.refreshed:
+            self.renew(ok=ok)
         if probe is None:
             return Learned(torch.zeros_like(prepared.level), self._carries(prepared, _stay), ok)
         assign_(self.losses, torch.cat((probe.loss[None], probe.parts)), ok)
