@@ -99,8 +99,7 @@ class Linearization(NamedTuple):
     Attributes:
         outputs: Natural parameters of the likelihood, shape ``[N, ...]``.
         pullback: :math:`c \mapsto J^\top c`, from the shape of ``outputs`` to parameter space.
-        pushforward: :math:`v \mapsto Jv`, from parameter space to the shape of ``outputs``; with a linear map P as its
-            second argument, :math:`t \mapsto JP^\top t`.
+        pushforward: :math:`v \mapsto Jv`, from parameter space to the shape of ``outputs``.
         buffers: The model's buffers after this forward pass; the model's own are untouched.
     """
 

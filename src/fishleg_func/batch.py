@@ -215,6 +215,11 @@ class Batch:
         g = self._packing.gradients(self._pulled)
         return loss, g, checksum(g)
 
+    def let_go(self) -> None:
+        """Drop the model's graph and what its layers saw, once all products and the gradient have been made of them."""
+        self._lin = self._lin._replace(pullback=_let_go, pushforward=_let_go)
+        self._packing, self._pulled = Packing((), {}, {}), None
+
     def learn_likelihood_(self, rate: Tensor, ok: Tensor | None) -> None:
         """Let the likelihood learn its own parameters, from the outputs and targets of this batch.
 
@@ -292,3 +297,7 @@ class Batch:
             return {block.name: block.pack(fv) for block in blocks}
 
         return product
+
+
+def _let_go(*args: Any) -> Any:
+    raise AssertionError("the graph of this batch was let go")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ._trees import cast, dense
 from ._types import LowRank, Packed, Params
-from .capture import Seen, Slots
+from .capture import Moved, Seen, Slots
 from .layers import LayerSpec, Layout
 from .qmodules import QModule
 
@@ -227,7 +228,7 @@ class Packing:
         rows = None if a is None else LowRank(self._output_rows(block, ds), a)
         return self._chosen_rows(block, xs, ds, rows, _STATISTICS_ROWS, math.sqrt(count / _STATISTICS_ROWS))
 
-    def tangents(self, v: Mapping[str, Packed], params: Params) -> tuple[Any, Callable[[Any], Any]]:
+    def tangents(self, v: Mapping[str, Packed], params: Params) -> tuple[Moved, Params]:
         """Return how layer outputs and direct parameters move when the packed parameters move by ``v``.
 
         Args:
@@ -235,20 +236,14 @@ class Packing:
             params: Give shapes and dtypes.
 
         Returns:
-            The tangents, and the map of what is pulled back to what they are tangents of: mostly the identity, see
-            :meth:`LayerSpec.paired_tangent`.
+            Functions that return the tangents of the outputs of each layer's calls, and the tangents of parameters.
         """
-        pairs: dict[str, list[tuple[Tensor, Callable[[Tensor], Tensor]]]] = {}
+        moved: Moved = {}
         direct: Params = {}
         for b in self.blocks:
             if b.name in self.slots:
                 calls = zip(self.seen.get(b.name, []), self.slots[b.name], strict=False)
-                pairs[b.name] = [self._spec(b).paired_tangent(x, cast(v[b.name], slot.dtype)) for x, slot in calls]
+                moved[b.name] = [partial(self._spec(b).tangent, x, cast(v[b.name], slot.dtype)) for x, slot in calls]
             else:
                 direct |= {k: t.to(params[k].dtype) for k, t in b.unpack(dense(v[b.name]), params).items()}
-
-        def through(pulled: Any) -> Any:  # calls that were not made are left out
-            deltas, direct = pulled
-            return {k: [f(d) for (_, f), d in zip(pairs[k], deltas[k], strict=False)] for k in pairs}, direct
-
-        return ({name: [t for t, _ in calls] for name, calls in pairs.items()}, direct), through
+        return moved, direct

@@ -211,7 +211,7 @@ class Engine:
         curvature, refresh = due
         loss, g, _ = source.gradient()
         if curvature:
-            p, ok = self._learn(source, batch_for_q(), refresh, ok)
+            p, ok = self._learn(source, batch_for_q, refresh, ok)
         else:
             p, ok = self._averages.average(loss, g, ok)
         norms = {k: torch.linalg.vector_norm(direction) for k, direction in p.items()}
@@ -224,14 +224,16 @@ class Engine:
         return ok
 
     def _learn(
-        self, source: Gradient, batch: Batch, refresh: bool, ok: Tensor | None
+        self, source: Gradient, batch_for_q: Callable[[], Batch], refresh: bool, ok: Tensor | None
     ) -> tuple[Mapping[str, Tensor], Tensor | None]:
         """Update Q, and the averages with it; what is written is undone if anything raises."""
         loss, g, _ = source.gradient()
+        u = self._probe(source, g)
+        batch = batch_for_q()
         with tensors_restored_on_error() as save:
             stale = self._averages.applied(g) if self._averages.before and not refresh else {}
-            u = self._probe(source, g)
             prepared = self._curvature.prepare(batch, u, self._noise, refresh=refresh, ok=ok, save=save)
+            batch.let_go()
             save(self._curvature.movable())
             followed = self._averages.follow(loss, g, stale, self._curvature.move(prepared))
             self._curvature.gather(prepared)

@@ -8,7 +8,6 @@ of ones for the bias) and gradients at its output into rows δ ``[..., rows, m]`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -195,18 +194,6 @@ class LayerSpec(Layout):
             A tensor shaped like the layer's output.
         """
 
-    def paired_tangent(self, x: Tensor, v: Packed) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        r"""Return t and a linear map P with :math:`\langle P\delta, t \rangle = \langle \delta, T \rangle`, T the tangent.
-
-        Args:
-            x: What was kept of a call.
-            v: Packed direction.
-
-        Returns:
-            By default T itself and the identity; a smaller t saves memory.
-        """
-        return self.tangent(x, v), lambda delta: delta
-
 
 class LinearSpec(Matrix, LayerSpec):
     """``nn.Linear``: U = [W | b], shape ``[out, in + 1]``; any leading dimensions are rows."""
@@ -226,11 +213,6 @@ class LinearSpec(Matrix, LayerSpec):
 
     def has_positions(self, x: Tensor) -> bool:
         return x.ndim > 2
-
-    def paired_tangent(self, x: Tensor, v: Packed) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        if not isinstance(v, LowRank):
-            return super().paired_tangent(x, v)
-        return self.input_rows(x) @ v.a.mT, lambda delta: self.output_rows(delta) @ v.d.mT
 
     def tangent(self, x: Tensor, v: Packed) -> Tensor:
         rows = self.input_rows(x)

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import _checks, auxiliary, diagnostics
 from ._trees import assign_, dense
 from ._types import Accuracy, Hyper, Inputs, Options, Packed, Params
-from .batch import Runner
+from .batch import Batch, Runner
 from .capture import kept_random_state, restored_on_error, tensors_restored_on_error
 from .curvature import require_finite
 from .engine import Engine
@@ -83,8 +83,14 @@ class FishLegStep(Engine):
         loss, _, checksum = batch.gradient()
         ok = require_finite(loss, checksum, "a gradient")
         self._runner.settle(batch)
-        whole = self._options.aux_batch_size is None
-        ok = self._advance(batch, lambda: batch if whole else self.run(inputs, targets), due, ok)
+
+        def batch_for_q() -> Batch:
+            if self._options.aux_batch_size is None:
+                return batch
+            batch.let_go()
+            return self.run(inputs, targets)
+
+        ok = self._advance(batch, batch_for_q, due, ok)
         batch.learn_likelihood_(self.hyper.lr, ok)
         for name, buffer in self.model.named_buffers():
             assign_(buffer, batch.buffers[name], ok)
@@ -128,6 +134,7 @@ class FishLegStep(Engine):
             with tensors_restored_on_error() as save:
                 u = self._probe(source, g)
                 prepared = self._curvature.prepare(batch, u, self._noise, refresh=refresh, ok=None, save=save)
+                batch.let_go()
                 save(self._curvature.movable())
                 value = self._curvature.move(prepared).value
                 self._curvature.gather(prepared)
