@@ -108,7 +108,7 @@ class Runner:
             raise StaleSlots(
                 f"the layers {sorted(slots.keys() - seen.keys())} were called just before, and now are not"
             )
-        return Batch(self, inputs, targets, lin, Packing(self.plan.blocks, seen, slots), cotangent)
+        return Batch(self, inputs, targets, lin, Packing(self.plan.blocks, seen, slots), cotangent, twice)
 
     def likelihood_for(self, outputs: Tensor, targets: Tensor | None) -> Likelihood:
         """Return the likelihood, resolved and checked against the targets where there are any."""
@@ -170,6 +170,7 @@ class Batch:
         lin: The linearization in layer outputs and direct parameters.
         packing: How its results are packed.
         cotangent: Gradient of the loss at the outputs, where there are no targets.
+        twice: Whether a Fisher product will be asked for, which can share the gradient's pass back.
     """
 
     def __init__(
@@ -180,7 +181,9 @@ class Batch:
         lin: Linearization,
         packing: Packing,
         cotangent: Tensor | None,
+        twice: bool,
     ) -> None:
+        self._twice = twice
         self._runner, self._inputs, self._targets, self._lin, self._packing = runner, inputs, targets, lin, packing
         self.buffers = lin.buffers
         self._loss_and_gradient: tuple[Tensor, dict[str, Packed], Tensor] | None = None
@@ -211,7 +214,8 @@ class Batch:
             cotangent, loss = torch.func.grad_and_value(self.likelihood.nll)(self._lin.outputs, self._targets)  # type: ignore[arg-type]
         else:
             cotangent, loss = self._cotangent, torch.zeros_like(self._lin.outputs[:1].sum())
-        self._pulled = self._lin.pullback(cotangent)
+        pullback = self._lin.pushforward.pull if self._twice else self._lin.pullback
+        self._pulled = pullback(cotangent)
         g = self._packing.gradients(self._pulled)
         return loss, g, checksum(g)
 

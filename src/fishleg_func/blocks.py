@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ._trees import cast, dense
 from ._types import LowRank, Packed, Params
-from .capture import Moved, Seen, Slots
+from .capture import Slots
 from .layers import LayerSpec, Layout
+from .pushforward import Moved, Seen
 from .qmodules import QModule
 
 _PROBE_ROWS = 16  # rows that a probe is estimated from,
@@ -242,8 +243,9 @@ class Packing:
         direct: Params = {}
         for b in self.blocks:
             if b.name in self.slots:
-                calls = zip(self.seen.get(b.name, []), self.slots[b.name], strict=False)
-                moved[b.name] = [partial(self._spec(b).tangent, x, cast(v[b.name], slot.dtype)) for x, slot in calls]
+                slots, xs, spec = self.slots[b.name], self.seen.get(b.name, []), self._spec(b)
+                calls = [partial(spec.tangent, x, cast(v[b.name], s.dtype)) for x, s in zip(xs, slots, strict=False)]
+                moved[b.name] = calls + [slot.zeros for slot in slots[len(calls) :]]
             else:
                 direct |= {k: t.to(params[k].dtype) for k, t in b.unpack(dense(v[b.name]), params).items()}
         return moved, direct

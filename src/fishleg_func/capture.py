@@ -19,11 +19,9 @@ from ._autocast import without_autocast
 from ._recompute import without_recomputation
 from ._types import Call, Inputs, Linearization, Params, Slot
 from .kernels import differentiable_kernels
+from .pushforward import Pushforward, Seen
 
 Slots = dict[str, list[Slot]]
-Seen = dict[str, list[Tensor]]
-Tangent = Callable[[], Tensor]
-Moved = dict[str, list[Tangent]]
 Keep = Callable[[tuple[Any, ...], dict[str, Any], Tensor], Tensor]
 
 
@@ -176,75 +174,7 @@ class Capture:
             return outputs, (record.seen, {name: replaced[name] for name in buffers})
 
         outputs, pullback, (seen, buffers) = torch.func.vjp(run, probes, direct, has_aux=True)  # type: ignore[misc]
-        return Linearization(outputs, pullback, pushforward_from_layers(pullback, outputs), buffers), seen
-
-
-def pushforward_of(pullback: Callable[[Tensor], Any], outputs: Tensor) -> Callable[[Any], Tensor]:
-    r"""Return :math:`v \mapsto Jv` as the transpose of the linear map :math:`c \mapsto J^\top c`.
-
-    Args:
-        pullback: From ``torch.func.vjp``.
-        outputs: What was differentiated.
-    """
-
-    def pushforward(tangent: Any) -> Tensor:
-        pulled, transpose = torch.func.vjp(pullback, torch.zeros_like(outputs))  # type: ignore[misc]
-        result: Tensor = transpose(_ordered_like(pulled, tangent), retain_graph=False)[0]
-        return result
-
-    return pushforward
-
-
-def pushforward_from_layers(
-    pullback: Callable[[Tensor], tuple[Seen, Params]], outputs: Tensor
-) -> Callable[[Moved, Params], Tensor]:
-    """Return what :func:`pushforward_of` does, for a pullback to the outputs of layers and to direct parameters.
-
-    In eager code a layer's tangent is made when the transposed pass comes by there, and added to what it brings: neither
-    the tangents nor what was pulled back are ever there all at once.
-
-    Args:
-        pullback: From ``torch.func.vjp``.
-        outputs: What was differentiated.
-
-    Returns:
-        A function of the tangents of layers' outputs, themselves functions, and of those of direct parameters.
-    """
-
-    def pushforward(moved: Moved, direct: Params) -> Tensor:
-        meet = (lambda delta, tangent: delta) if torch.compiler.is_compiling() else _meet
-
-        def pull(c: Tensor) -> tuple[Seen, Params]:
-            deltas, gradients = pullback(c)
-            return {k: [meet(*pair) for pair in zip(deltas[k], moved[k], strict=False)] for k in deltas}, gradients
-
-        (met, gradients), transpose = torch.func.vjp(pull, torch.zeros_like(outputs))  # type: ignore[misc]
-        given = {k: [_given(*pair) for pair in zip(met[k], moved[k], strict=True)] for k in met}
-        result: Tensor = transpose((given, {k: direct[k] for k in gradients}), retain_graph=False)[0]
-        return result
-
-    return pushforward
-
-
-def _meet(delta: Tensor, tangent: Tangent) -> Tensor:
-    """Have a tangent added to the gradient in ``delta``, and return a number that depends on all of ``delta``."""
-    if delta.requires_grad:
-        delta.register_hook(lambda gradient: gradient + tangent())  # type: ignore[no-untyped-call]
-    return delta.sum()
-
-
-def _given(met: Tensor, tangent: Tangent) -> Tensor:
-    """Return the gradient to pass back into what :func:`pushforward_from_layers` has pulled."""
-    return tangent() if torch.compiler.is_compiling() else torch.zeros_like(met)
-
-
-def _ordered_like(model: Any, tree: Any) -> Any:
-    """Return a tree with the keys of its dicts in the order of another's, which ``torch.func`` wants to be the same."""
-    if isinstance(model, dict):
-        return {key: _ordered_like(part, tree[key]) for key, part in model.items()}
-    if isinstance(model, tuple):
-        return tuple(_ordered_like(part, of) for part, of in zip(model, tree, strict=True))
-    return tree
+        return Linearization(outputs, pullback, Pushforward(pullback, outputs), buffers), seen
 
 
 Ties = dict[str, tuple[str, ...]]

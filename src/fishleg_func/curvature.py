@@ -125,12 +125,13 @@ class Curvature:
         ok = both(ok, require_finite(torch.zeros_like(checksum), checksum, "a statistic of the Fisher"))
         gather = ok if self._options.aux_batch_size is None else both(ok, any_terms)  # a part may be all masked
         if refresh:
-            save([self._level, self._count, *(t for q in self.q.values() for t in q.buffers())])
-            self._gather(statistics, level, gather)
+            save([self._level, self._count])
+            self._gather_level(level, gather)
             damping = self.damping()
-            for name in statistics:
+            for name in list(statistics):
+                save(self.q[name].buffers())
+                self.q[name].gather_(statistics.pop(name), gather)
                 self.q[name].refresh_(damping[name], ok)
-            statistics = {}  # they are in: their memory is free for the Fisher product
         probe = self._probe(u, batch, noise, refresh) if self._options.update_aux_every else None
         return Prepared(statistics, level, gather, probe, refresh, ok)
 
@@ -168,17 +169,17 @@ class Curvature:
     def gather(self, prepared: Prepared) -> None:
         """Add the statistics that wait for the next refresh."""
         if not prepared.refreshed:
-            self._gather(prepared.statistics, prepared.level, prepared.gather)
+            self._gather_level(prepared.level, prepared.gather)
+            for name, statistic in prepared.statistics.items():
+                self.q[name].gather_(statistic, prepared.gather)
             self.adopt()
 
-    def _gather(self, statistics: Mapping[str, Packed], level: Tensor, ok: Tensor | None) -> None:
+    def _gather_level(self, level: Tensor, ok: Tensor | None) -> None:
         assign_(self._count, self._count + 1, ok)
         mean, largest = self._level.unbind()
         level = level.to(mean.dtype)
         mean = mean.lerp(level, statistics_weight(self._count, mean.dtype))
         assign_(self._level, torch.stack((mean, torch.maximum(largest, level))), ok)
-        for name, statistic in statistics.items():
-            self.q[name].gather_(statistic, ok)
 
     def movable(self) -> list[Tensor]:
         """Return what :meth:`move` writes."""

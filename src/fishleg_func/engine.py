@@ -141,7 +141,12 @@ class Engine:
 
         if size is not None:
             inputs, targets, cotangent = pytree.tree_map(cut, (inputs, targets, cotangent))
-        return self._runner.run(inputs, targets, twice=True, cotangent=cotangent)
+        return self._runner.run(inputs, targets, twice=self._linear, cotangent=cotangent)
+
+    @property
+    def _linear(self) -> bool:
+        """Whether updates of Q take products with the Jacobian."""
+        return bool(self._options.update_aux_every) and self._options.fisher != "antithetic"
 
     def advance(self, source: Gradient, batch_for_q: Callable[[], Batch]) -> None:
         """Take a step along a gradient that was made elsewhere, after :meth:`check`; eager only.

@@ -17,15 +17,10 @@ from . import _checks
 from ._noise import Noise, new_noise
 from ._resolve import as_likelihood
 from ._types import Inputs, Linearization, Params
-from .capture import (
-    call_model,
-    cloned_buffers,
-    find_ties,
-    kept_random_state,
-    pushforward_of,
-)
+from .capture import call_model, cloned_buffers, find_ties, kept_random_state
 from .kernels import differentiable_kernels
 from .likelihoods import Likelihood
+from .pushforward import pushforward_of
 
 KINDS = ("exact", "sampled", "empirical", "antithetic")
 

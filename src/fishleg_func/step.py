@@ -78,14 +78,15 @@ class FishLegStep(Engine):
 
     def _step(self, inputs: Inputs, targets: Tensor, due: tuple[bool, bool]) -> Tensor:
         """The step, from a batch to new parameters and buffers."""
-        batch = self._runner.run(inputs, targets, twice=due[0])
+        whole = self._options.aux_batch_size is None
+        batch = self._runner.run(inputs, targets, twice=due[0] and whole and self._linear)
         _checks.same_buffers(dict(self.model.named_buffers()), batch.buffers)
         loss, _, checksum = batch.gradient()
         ok = require_finite(loss, checksum, "a gradient")
         self._runner.settle(batch)
 
         def batch_for_q() -> Batch:
-            if self._options.aux_batch_size is None:
+            if whole:
                 return batch
             batch.let_go()
             return self.run(inputs, targets)
@@ -122,7 +123,7 @@ class FishLegStep(Engine):
             raise ValueError(f"targets=None must be given with u={self._options.u!r} before the first step")
         self._sync()
         with kept_random_state(self.model):
-            batch = self._runner.run(inputs, targets, twice=True)
+            batch = self._runner.run(inputs, targets, twice=self._linear)
             g: Mapping[str, Packed] = {}
             source = batch
             if self._options.u != "gaussian":
