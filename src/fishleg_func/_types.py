@@ -101,12 +101,14 @@ class Linearization(NamedTuple):
         pullback: :math:`c \mapsto J^\top c`, from the shape of ``outputs`` to parameter space.
         pushforward: :math:`v \mapsto Jv`, from parameter space to the shape of ``outputs``.
         buffers: The model's buffers after this forward pass; the model's own are untouched.
+        shared: The pullback again, whose pass back the next pushforward may make use of.
     """
 
     outputs: Tensor
     pullback: Callable[[Tensor], Any]
     pushforward: Callable[..., Tensor]
     buffers: Params
+    shared: Callable[[Tensor], Any]
 
 
 @dataclass(frozen=True)

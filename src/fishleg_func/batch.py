@@ -214,14 +214,14 @@ class Batch:
             cotangent, loss = torch.func.grad_and_value(self.likelihood.nll)(self._lin.outputs, self._targets)  # type: ignore[arg-type]
         else:
             cotangent, loss = self._cotangent, torch.zeros_like(self._lin.outputs[:1].sum())
-        pullback = self._lin.pushforward.pull if self._twice else self._lin.pullback
+        pullback = self._lin.shared if self._twice else self._lin.pullback
         self._pulled = pullback(cotangent)
         g = self._packing.gradients(self._pulled)
         return loss, g, checksum(g)
 
     def let_go(self) -> None:
         """Drop the model's graph and what its layers saw, once all products and the gradient have been made of them."""
-        self._lin = self._lin._replace(pullback=_let_go, pushforward=_let_go)
+        self._lin = self._lin._replace(pullback=_let_go, pushforward=_let_go, shared=_let_go)
         self._packing, self._pulled = Packing((), {}, {}), None
 
     def learn_likelihood_(self, rate: Tensor, ok: Tensor | None) -> None:

@@ -174,7 +174,8 @@ class Capture:
             return outputs, (record.seen, {name: replaced[name] for name in buffers})
 
         outputs, pullback, (seen, buffers) = torch.func.vjp(run, probes, direct, has_aux=True)  # type: ignore[misc]
-        return Linearization(outputs, pullback, Pushforward(pullback, outputs), buffers), seen
+        pushforward = Pushforward(pullback, outputs)
+        return Linearization(outputs, pullback, pushforward, buffers, pushforward.pull), seen
 
 
 Ties = dict[str, tuple[str, ...]]
@@ -319,9 +320,10 @@ Save = Callable[[Iterable[Tensor]], None]
 
 @contextlib.contextmanager
 def tensors_restored_on_error() -> Iterator[Save]:
-    """Put tensors back if the block raises: it gets a function to be told them, each before it is written to.
+    """Put tensors back if the block raises; in compiled code, which raises nothing, do nothing.
 
-    In compiled code, which raises nothing, nothing is saved.
+    Yields:
+        A function to be told tensors, each before it is written to.
     """
     saved: dict[Tensor, Tensor] = {}
 

@@ -34,9 +34,9 @@ def pushforward_of(pullback: Callable[[Tensor], Any], outputs: Tensor) -> Callab
 class Pushforward:
     """What :func:`pushforward_of` returns, for a pullback to the outputs of layers and to direct parameters.
 
-    It is made of a pass back, which may be one that is wanted anyway, see :meth:`pull`. In eager code a layer's tangent is
-    made when the transposed pass comes by there, and added to what it brings: neither the tangents nor what was pulled
-    back are ever there all at once.
+    It is made of a pass back, which may be one that is wanted anyway, see :meth:`pull`. In eager code a layer's tangent
+    is made when the transposed pass comes by there, and added to what it brings: neither the tangents nor what was
+    pulled back are ever there all at once.
 
     Args:
         pullback: From ``torch.func.vjp``.
