@@ -236,11 +236,10 @@ class Engine:
         u = self._probe(source, g)
         batch = batch_for_q()
         with tensors_restored_on_error() as save:
-            stale = self._averages.applied(g) if self._averages.before and not refresh else {}
             prepared = self._curvature.prepare(batch, u, self._noise, refresh=refresh, ok=ok, save=save)
             batch.let_go()
             save(self._curvature.movable())
-            followed = self._averages.follow(loss, g, stale, self._curvature.move(prepared))
+            followed = self._averages.follow(loss, g, self._curvature.move(prepared))
             self._curvature.gather(prepared)
         return followed
 
