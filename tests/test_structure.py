@@ -16,7 +16,7 @@ LAYERS = (  # a module imports from its own layer, without cycles, and from thos
     {"_recompute", "_autocast", "logs"},
     {"_likelihood", "_elementwise", "_categorical", "_agreement", "likelihoods", "original_likelihoods", "_resolve"},
     {"qmodules", "kronecker", "bases", "families"},
-    {"layers", "convolutions", "packed", "registry", "kernels", "capture", "blocks", "fisher"},
+    {"layers", "convolutions", "packed", "registry", "kernels", "pushforward", "capture", "blocks", "fisher"},
     {"auxiliary", "transform"},
     {"diagnostics", "batch", "operators", "conjugate", "inverse", "fisher_operator"},
     {"spectra", "examplewise", "laplace", "influence", "penalty"},

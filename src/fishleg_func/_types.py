@@ -89,8 +89,8 @@ class Slot(NamedTuple):
     device: torch.device
 
     def zeros(self) -> Tensor:
-        """Return zeros of this shape, dtype and device."""
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        """Return zeros of this shape, dtype and device: one number, seen everywhere, not to be written to."""
+        return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
 
 
 class Linearization(NamedTuple):
@@ -101,12 +101,14 @@ class Linearization(NamedTuple):
         pullback: :math:`c \mapsto J^\top c`, from the shape of ``outputs`` to parameter space.
         pushforward: :math:`v \mapsto Jv`, from parameter space to the shape of ``outputs``.
         buffers: The model's buffers after this forward pass; the model's own are untouched.
+        shared: The pullback again, whose pass back the next pushforward may make use of.
     """
 
     outputs: Tensor
     pullback: Callable[[Tensor], Any]
-    pushforward: Callable[[Any], Tensor]
+    pushforward: Callable[..., Tensor]
     buffers: Params
+    shared: Callable[[Tensor], Any]
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ def probe(
     *,
     unit: str,
     preconditioned: bool,
+    outdated: bool = False,
 ) -> Probe:
     r"""Scale the probe, evaluate A and its gradient in v.
 
@@ -68,11 +69,17 @@ def probe(
         damping: γ of each block, 0-d.
         unit: ``"relative"`` scales u so that :math:`u^\top Qu = 1`, ``"adam"`` so that :math:`\|u\| = 1`.
         preconditioned: Replace w by Qw.
+        outdated: Apply Q through its roots: the operators are not yet those of the basis, but will be when λ moves.
 
     Returns:
         The probe.
     """
-    v = {k: q[k].act(operators[k], u[k]) for k in q}
+
+    def apply(name: str, x: Packed) -> Packed:
+        qx: Packed = q[name](x) if outdated else q[name].act(operators[name], x)
+        return qx
+
+    v = {k: apply(k, u[k]) for k in q}
     measured = v if unit == "relative" else u
     factor = inverse_or_zero(total(inner(u[k], measured[k]) for k in q).clamp(min=0).sqrt())
     u, v = {k: scale(x, factor) for k, x in u.items()}, {k: scale(x, factor) for k, x in v.items()}
@@ -83,7 +90,7 @@ def probe(
     squares = torch.stack([inner(u[k], v[k]) for k in q])
     square = squares.sum()
     if preconditioned:
-        w = {k: q[k].act(operators[k], w[k]) for k in q}
+        w = {k: apply(k, w[k]) for k in q}
     return Probe(operators, u, v, w, square, 0.5 * quadratics.sum() - square, 0.5 * quadratics - squares)
 
 

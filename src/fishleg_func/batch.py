@@ -108,7 +108,7 @@ class Runner:
             raise StaleSlots(
                 f"the layers {sorted(slots.keys() - seen.keys())} were called just before, and now are not"
             )
-        return Batch(self, inputs, targets, lin, Packing(self.plan.blocks, seen, slots), cotangent)
+        return Batch(self, inputs, targets, lin, Packing(self.plan.blocks, seen, slots), cotangent, twice)
 
     def likelihood_for(self, outputs: Tensor, targets: Tensor | None) -> Likelihood:
         """Return the likelihood, resolved and checked against the targets where there are any."""
@@ -170,6 +170,7 @@ class Batch:
         lin: The linearization in layer outputs and direct parameters.
         packing: How its results are packed.
         cotangent: Gradient of the loss at the outputs, where there are no targets.
+        twice: Whether a Fisher product will be asked for, which can share the gradient's pass back.
     """
 
     def __init__(
@@ -180,11 +181,14 @@ class Batch:
         lin: Linearization,
         packing: Packing,
         cotangent: Tensor | None,
+        twice: bool,
     ) -> None:
+        self._twice = twice
         self._runner, self._inputs, self._targets, self._lin, self._packing = runner, inputs, targets, lin, packing
         self.buffers = lin.buffers
         self._loss_and_gradient: tuple[Tensor, dict[str, Packed], Tensor] | None = None
-        self._pulled: Any = None  # what the gradient was packed from
+        self._pulled: Any = None  # what the gradient was packed from, until the probe is
+        self._probe: dict[str, Packed] | None = None
         self.likelihood = runner.likelihood_for(lin.outputs, targets)
         self._cotangent = None if cotangent is None else cotangent.to(lin.outputs)  # from autocast, a lower dtype
 
@@ -210,9 +214,15 @@ class Batch:
             cotangent, loss = torch.func.grad_and_value(self.likelihood.nll)(self._lin.outputs, self._targets)  # type: ignore[arg-type]
         else:
             cotangent, loss = self._cotangent, torch.zeros_like(self._lin.outputs[:1].sum())
-        self._pulled = self._lin.pullback(cotangent)
+        pullback = self._lin.shared if self._twice else self._lin.pullback
+        self._pulled = pullback(cotangent)
         g = self._packing.gradients(self._pulled)
         return loss, g, checksum(g)
+
+    def let_go(self) -> None:
+        """Drop the model's graph and what its layers saw, once all products and the gradient have been made of them."""
+        self._lin = self._lin._replace(pullback=_let_go, pushforward=_let_go, shared=_let_go)
+        self._packing, self._pulled = Packing((), {}, {}), None
 
     def learn_likelihood_(self, rate: Tensor, ok: Tensor | None) -> None:
         """Let the likelihood learn its own parameters, from the outputs and targets of this batch.
@@ -227,7 +237,10 @@ class Batch:
     def probe(self, q: Mapping[str, QModule]) -> dict[str, Packed]:
         """Return the gradient as a probe for λ, in long layers estimated from some of its rows."""
         _, g, _ = self.gradient()
-        return self._packing.probe(self._pulled, g, q)
+        if self._probe is None:
+            self._probe = self._packing.probe(self._pulled, g, q)
+            self._pulled = None
+        return self._probe
 
     def random_gradient(
         self, q: Mapping[str, QModule], noise: Noise
@@ -268,7 +281,7 @@ class Batch:
         )
 
         def product(v: Mapping[str, Packed]) -> Mapping[str, Packed]:
-            moved = self._lin.pushforward(self._packing.tangents(v, params))
+            moved = self._lin.pushforward(*self._packing.tangents(v, params))
             return self._packing.gradients(self._lin.pullback(output_fisher(moved)))
 
         return product
@@ -288,3 +301,7 @@ class Batch:
             return {block.name: block.pack(fv) for block in blocks}
 
         return product
+
+
+def _let_go(*args: Any) -> Any:
+    raise AssertionError("the graph of this batch was let go")

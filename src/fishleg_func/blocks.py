@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from ._trees import cast, dense
 from ._types import LowRank, Packed, Params
-from .capture import Seen, Slots
+from .capture import Slots
 from .layers import LayerSpec, Layout
+from .pushforward import Moved, Seen
 from .qmodules import QModule
 
 _PROBE_ROWS = 16  # rows that a probe is estimated from,
@@ -102,10 +104,13 @@ def spread(count: int, parts: int, device: torch.device) -> Tensor:
     return ((part + (part * _GOLDEN) % 1) * (count / parts)).long()
 
 
-def thinned(rows: LowRank, parts: int, factor: float) -> LowRank:
-    """Return some of the rows, see :func:`spread`, with the left factor multiplied by ``factor``."""
-    chosen = spread(rows.d.shape[-2], parts, rows.d.device)
-    return LowRank(rows.d[..., chosen, :] * factor, rows.a[..., chosen, :])
+def rows_in(block: Block, ds: Sequence[Tensor]) -> int:
+    """Return the number of rows of gradients at a layer's output, over its calls."""
+    return sum(d.numel() for d in ds) // math.prod(block.shape[:-1])
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(tuple(rows), -2)
 
 
 class Packing:
@@ -127,15 +132,11 @@ class Packing:
         assert isinstance(block.spec, LayerSpec)  # what was probed has a hook
         return block.spec
 
-    def input_rows(self, block: Block) -> Tensor:
-        """Return the input rows of a hooked layer over all of its calls."""
-        if block.name not in self._rows:
-            rows = [self._spec(block).input_rows(x) for x in self.seen[block.name]]
-            self._rows[block.name] = torch.cat(rows, -2).to(block.dtype)
-        return self._rows[block.name]
+    def _input_rows(self, block: Block, xs: Sequence[Tensor]) -> Tensor:
+        return _joined([self._spec(block).input_rows(x) for x in xs]).to(block.dtype)
 
     def _output_rows(self, block: Block, ds: Sequence[Tensor]) -> Tensor:
-        return torch.cat([self._spec(block).output_rows(d) for d in ds], -2).to(block.dtype)
+        return _joined([self._spec(block).output_rows(d) for d in ds]).to(block.dtype)
 
     def _packed(self, block: Block, pulled: Any, rows_wanted: bool | None) -> Packed:
         deltas, direct = pulled
@@ -146,9 +147,11 @@ class Packing:
         xs = self.seen[block.name]
         ds = deltas[block.name][: len(xs)]
         if rows_wanted is None:
-            rows_wanted = prefers_rows(block.shape, sum(d.numel() for d in ds) // math.prod(block.shape[:-1]))
+            rows_wanted = prefers_rows(block.shape, rows_in(block, ds))
         if rows_wanted:
-            return LowRank(self._output_rows(block, ds), self.input_rows(block))
+            if block.name not in self._rows:
+                self._rows[block.name] = self._input_rows(block, xs)
+            return LowRank(self._output_rows(block, ds), self._rows[block.name])
         gradients = [self._spec(block).gradient(x, d).to(block.dtype) for x, d in zip(xs, ds, strict=True)]
         return gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(0)
 
@@ -171,10 +174,34 @@ class Packing:
     def _few_rows(self, block: Block, pulled: Any, gradient: Packed, q: QModule) -> Packed:
         if block.name not in self.seen or not q.keeps_factors or min(block.shape[-2:]) < _PROBE_SIDE:
             return gradient
-        rows = self._packed(block, pulled, True)
-        assert isinstance(rows, LowRank)
-        count = rows.d.shape[-2]
-        return gradient if count < 2 * _PROBE_ROWS else thinned(rows, _PROBE_ROWS, count / _PROBE_ROWS)
+        xs = self.seen[block.name]
+        ds = pulled[0][block.name][: len(xs)]
+        count = rows_in(block, ds)
+        if count < 2 * _PROBE_ROWS:
+            return gradient
+        rows = gradient if isinstance(gradient, LowRank) else None
+        return self._chosen_rows(block, xs, ds, rows, _PROBE_ROWS, count / _PROBE_ROWS)
+
+    def _chosen_rows(
+        self, block: Block, xs: Sequence[Tensor], ds: Sequence[Tensor], rows: LowRank | None, parts: int, factor: float
+    ) -> LowRank:
+        """Return some of the rows, see :func:`spread`, with the left factor multiplied by ``factor``.
+
+        Args:
+            block: A hooked layer.
+            xs: What was kept of its calls.
+            ds: Gradients at their outputs.
+            rows: All rows, where they are there already.
+            parts: How many to choose.
+            factor: The multiple.
+        """
+        spec, chosen = self._spec(block), spread(rows_in(block, ds), parts, ds[0].device)
+        if rows is None and len(xs) == 1:
+            some = spec.rows_at(xs[0], ds[0], chosen)
+        else:
+            d, a = rows or (self._output_rows(block, ds), self._input_rows(block, xs))
+            some = LowRank(d[..., chosen, :], a[..., chosen, :])
+        return LowRank(some.d.to(block.dtype) * factor, some.a.to(block.dtype))
 
     def statistics(self, pulled: Any, q: Mapping[str, QModule]) -> dict[str, Packed]:
         """Pack a random gradient for the Q modules that have a basis: as rows, some if many, for those that take rows.
@@ -197,23 +224,33 @@ class Packing:
             scale = [math.sqrt(len(x) / _STATISTICS_EXAMPLES) for x in xs]
             chosen = [spread(len(x), _STATISTICS_EXAMPLES, x.device) for x in xs]
             ds = [d[i] * factor for d, i, factor in zip(ds, chosen, scale, strict=True)]
-            a = torch.cat([spec.input_rows(x[i]) for x, i in zip(xs, chosen, strict=True)], -2).to(block.dtype)
+            xs = [x[i] for x, i in zip(xs, chosen, strict=True)]
+            a = None
         else:
-            a = self.input_rows(block)
-        rows = LowRank(self._output_rows(block, ds), a)
-        count = rows.d.shape[-2]
-        few = count <= _STATISTICS_ROWS
-        return rows if few else thinned(rows, _STATISTICS_ROWS, math.sqrt(count / _STATISTICS_ROWS))
+            a = self._rows.get(block.name)
+        count = rows_in(block, ds)
+        if count <= _STATISTICS_ROWS:
+            return LowRank(self._output_rows(block, ds), self._input_rows(block, xs) if a is None else a)
+        rows = None if a is None else LowRank(self._output_rows(block, ds), a)
+        return self._chosen_rows(block, xs, ds, rows, _STATISTICS_ROWS, math.sqrt(count / _STATISTICS_ROWS))
 
-    def tangents(self, v: Mapping[str, Packed], params: Params) -> tuple[Seen, Params]:
-        """Return how layer outputs and direct parameters move when the packed parameters move by ``v``."""
-        moved: Seen = {}
+    def tangents(self, v: Mapping[str, Packed], params: Params) -> tuple[Moved, Params]:
+        """Return how layer outputs and direct parameters move when the packed parameters move by ``v``.
+
+        Args:
+            v: Packed directions.
+            params: Give shapes and dtypes.
+
+        Returns:
+            Functions that return the tangents of the outputs of each layer's calls, and the tangents of parameters.
+        """
+        moved: Moved = {}
         direct: Params = {}
         for b in self.blocks:
             if b.name in self.slots:
-                slots, xs = self.slots[b.name], self.seen.get(b.name, [])
-                calls = [self._spec(b).tangent(x, cast(v[b.name], s.dtype)) for x, s in zip(xs, slots, strict=False)]
-                moved[b.name] = calls + [s.zeros() for s in slots[len(calls) :]]
+                slots, xs, spec = self.slots[b.name], self.seen.get(b.name, []), self._spec(b)
+                calls = [partial(spec.tangent, x, cast(v[b.name], s.dtype)) for x, s in zip(xs, slots, strict=False)]
+                moved[b.name] = calls + [slot.zeros for slot in slots[len(calls) :]]
             else:
                 direct |= {k: t.to(params[k].dtype) for k, t in b.unpack(dense(v[b.name]), params).items()}
-        return {name: moved[name] for name in self.slots}, direct  # in the order of the probes
+        return moved, direct

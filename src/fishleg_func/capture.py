@@ -7,7 +7,7 @@ forming a weight gradient. Hooks are inert outside of a step, and ``torch.compil
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from ._autocast import without_autocast
 from ._recompute import without_recomputation
 from ._types import Call, Inputs, Linearization, Params, Slot
 from .kernels import differentiable_kernels
+from .pushforward import Pushforward, Seen
 
 Slots = dict[str, list[Slot]]
-Seen = dict[str, list[Tensor]]
 Keep = Callable[[tuple[Any, ...], dict[str, Any], Tensor], Tensor]
 
 
@@ -174,32 +174,8 @@ class Capture:
             return outputs, (record.seen, {name: replaced[name] for name in buffers})
 
         outputs, pullback, (seen, buffers) = torch.func.vjp(run, probes, direct, has_aux=True)  # type: ignore[misc]
-        return Linearization(outputs, pullback, pushforward_of(pullback, outputs), buffers), seen
-
-
-def pushforward_of(pullback: Callable[[Tensor], Any], outputs: Tensor) -> Callable[[Any], Tensor]:
-    r"""Return :math:`v \mapsto Jv` as the transpose of the linear map :math:`c \mapsto J^\top c`.
-
-    Args:
-        pullback: From ``torch.func.vjp``.
-        outputs: What was differentiated.
-    """
-
-    def pushforward(tangent: Any) -> Tensor:
-        pulled, transpose = torch.func.vjp(pullback, torch.zeros_like(outputs))  # type: ignore[misc]
-        result: Tensor = transpose(_ordered_like(pulled, tangent))[0]
-        return result
-
-    return pushforward
-
-
-def _ordered_like(model: Any, tree: Any) -> Any:
-    """Return a tree with the keys of its dicts in the order of another's, which ``torch.func`` wants to be the same."""
-    if isinstance(model, dict):
-        return {key: _ordered_like(part, tree[key]) for key, part in model.items()}
-    if isinstance(model, tuple):
-        return tuple(_ordered_like(part, of) for part, of in zip(model, tree, strict=True))
-    return tree
+        pushforward = Pushforward(pullback, outputs)
+        return Linearization(outputs, pullback, pushforward, buffers, pushforward.pull), seen
 
 
 Ties = dict[str, tuple[str, ...]]
@@ -340,13 +316,25 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
+Save = Callable[[Iterable[Tensor]], None]
+
+
 @contextlib.contextmanager
-def tensors_restored_on_error(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Put tensors back to what they hold now if the block raises."""
-    saved = [t.detach().clone() for t in tensors]
+def tensors_restored_on_error() -> Iterator[Save]:
+    """Put tensors back if the block raises; in compiled code, which raises nothing, do nothing.
+
+    Yields:
+        A function to be told tensors, each before it is written to.
+    """
+    saved: dict[Tensor, Tensor] = {}
+
+    def save(tensors: Iterable[Tensor]) -> None:
+        if not torch.compiler.is_compiling():
+            saved.update({t: t.detach().clone() for t in tensors if t not in saved})
+
     try:
-        yield
+        yield save
     except BaseException:
-        for tensor, value in zip(tensors, saved, strict=True):
+        for tensor, value in saved.items():
             tensor.copy_(value)
         raise

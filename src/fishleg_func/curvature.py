@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from ._noise import Noise
 from ._trees import assign_
 from ._types import Groups, Options, Packed
 from .batch import Batch
+from .capture import Save
 from .qmodules import Carry, QModule, Roots, statistics_weight
 
 _LEAST_LEVEL = 1e-3  # of the largest that there was: bounds Q where the outputs have lost their variance
@@ -97,20 +98,22 @@ class Curvature:
     def prepare(
         self,
         batch: Batch,
-        make_probe: Callable[[], Mapping[str, Packed]],
+        u: Mapping[str, Packed],
         noise: Noise,
         *,
         refresh: bool,
         ok: Tensor | None,
+        save: Save,
     ) -> Prepared:
         """Run the model's and the likelihood's code; where the bases are due, gather statistics and refresh them.
 
         Args:
             batch: Where the Fisher is taken.
-            make_probe: Returns the direction u.
+            u: Direction of the probe, if λ moves.
             noise: Source of the draws.
             refresh: Whether the bases are due; if they are not, nothing is changed yet.
             ok: In compiled code, whether to change anything.
+            save: Is told what is about to be written.
 
         Returns:
             What :meth:`move` needs.
@@ -122,26 +125,29 @@ class Curvature:
         ok = both(ok, require_finite(torch.zeros_like(checksum), checksum, "a statistic of the Fisher"))
         gather = ok if self._options.aux_batch_size is None else both(ok, any_terms)  # a part may be all masked
         if refresh:
-            self._gather(statistics, level, gather)
+            save([self._level, self._count])
+            self._gather_level(level, gather)
             damping = self.damping()
-            for name in statistics:
+            for name in list(statistics):
+                save(self.q[name].buffers())
+                self.q[name].gather_(statistics.pop(name), gather)
                 self.q[name].refresh_(damping[name], ok)
-            self.renew(ok=ok)
-            statistics = {}  # they are in: their memory is free for the Fisher product
-        probe = self._probe(make_probe(), batch, noise) if self._options.update_aux_every else None
+        probe = self._probe(u, batch, noise, refresh) if self._options.update_aux_every else None
         return Prepared(statistics, level, gather, probe, refresh, ok)
 
-    def _probe(self, u: Mapping[str, Packed], batch: Batch, noise: Noise) -> auxiliary.Probe:
+    def _probe(self, u: Mapping[str, Packed], batch: Batch, noise: Noise, refreshed: bool) -> auxiliary.Probe:
         options = self._options
         fisher = batch.fisher(options.fisher, noise.fork(2))
         return auxiliary.probe(
             self.q, self.operators, u, fisher, self.damping(), unit=options.aux_rule,
-            preconditioned=options.precondition_aux,
+            preconditioned=options.precondition_aux, outdated=refreshed,
         )  # fmt: skip
 
     def move(self, prepared: Prepared) -> Learned:
-        """Move λ by the rule; where A is not finite, λ stays."""
+        """Move λ by the rule, with the operators of refreshed bases; where A is not finite, λ stays."""
         probe, ok = prepared.probe, prepared.ok
+        if prepared.refreshed:
+            self.renew(ok=ok)
         if probe is None:
             return Learned(torch.zeros_like(prepared.level), self._carries(prepared, _stay), ok)
         assign_(self.losses, torch.cat((probe.loss[None], probe.parts)), ok)
@@ -163,23 +169,23 @@ class Curvature:
     def gather(self, prepared: Prepared) -> None:
         """Add the statistics that wait for the next refresh."""
         if not prepared.refreshed:
-            self._gather(prepared.statistics, prepared.level, prepared.gather)
+            self._gather_level(prepared.level, prepared.gather)
+            for name, statistic in prepared.statistics.items():
+                self.q[name].gather_(statistic, prepared.gather)
             self.adopt()
 
-    def _gather(self, statistics: Mapping[str, Packed], level: Tensor, ok: Tensor | None) -> None:
+    def _gather_level(self, level: Tensor, ok: Tensor | None) -> None:
         assign_(self._count, self._count + 1, ok)
         mean, largest = self._level.unbind()
         level = level.to(mean.dtype)
         mean = mean.lerp(level, statistics_weight(self._count, mean.dtype))
         assign_(self._level, torch.stack((mean, torch.maximum(largest, level))), ok)
-        for name, statistic in statistics.items():
-            self.q[name].gather_(statistic, ok)
 
     def movable(self) -> list[Tensor]:
         """Return what :meth:`move` writes."""
         lam = [p for q in self.q.values() for p in q.parameters()]
         moments = list(self.rule.tensors().values()) if isinstance(self.rule, auxiliary.Adam) else []
-        return [*lam, *(t for name in self.q for t in self.own(name)), *moments]
+        return [*lam, *(t for name in self.q for t in self.own(name)), *moments, self.skipped]
 
     def renew(self, names: Iterable[str] | None = None, ok: Tensor | None = None) -> None:
         """Compute operators anew, of all blocks or some: updates of λ move them along, up to rounding."""

@@ -148,7 +148,12 @@ class Engine:
 
         if size is not None:
             inputs, targets, cotangent = pytree.tree_map(cut, (inputs, targets, cotangent))
-        return self._runner.run(inputs, targets, twice=True, cotangent=cotangent)
+        return self._runner.run(inputs, targets, twice=self._linear, cotangent=cotangent)
+
+    @property
+    def _linear(self) -> bool:
+        """Whether updates of Q take products with the Jacobian."""
+        return bool(self._options.update_aux_every) and self._options.fisher != "antithetic"
 
     def advance(self, source: Gradient, batch_for_q: Callable[[], Batch]) -> None:
         """Take a step along a gradient that was made elsewhere, after :meth:`check`; eager only.
@@ -218,7 +223,7 @@ class Engine:
         curvature, refresh = due
         loss, g, _ = source.gradient()
         if curvature:
-            p, ok = self._learn(source, batch_for_q(), refresh, ok)
+            p, ok = self._learn(source, batch_for_q, refresh, ok)
         else:
             p, ok = self._averages.average(loss, g, ok)
         norms = {k: torch.linalg.vector_norm(direction) for k, direction in p.items()}
@@ -231,30 +236,24 @@ class Engine:
         return ok
 
     def _learn(
-        self, source: Gradient, batch: Batch, refresh: bool, ok: Tensor | None
+        self, source: Gradient, batch_for_q: Callable[[], Batch], refresh: bool, ok: Tensor | None
     ) -> tuple[Mapping[str, Tensor], Tensor | None]:
         """Update Q, and the averages with it; what is written is undone if anything raises."""
         loss, g, _ = source.gradient()
-        with tensors_restored_on_error(self._undoable() if refresh else []):
-            stale = self._averages.applied(g) if self._averages.before and not refresh else {}
-            prepared = self._curvature.prepare(
-                batch, lambda: self._probe(source, g), self._noise, refresh=refresh, ok=ok
-            )
-            with tensors_restored_on_error([] if refresh else self._movable()):
-                followed = self._averages.follow(loss, g, stale, self._curvature.move(prepared))
+        u = self._probe(source, g)
+        batch = batch_for_q()
+        with tensors_restored_on_error() as save:
+            prepared = self._curvature.prepare(batch, u, self._noise, refresh=refresh, ok=ok, save=save)
+            batch.let_go()
+            save(self._curvature.movable())
+            followed = self._averages.follow(loss, g, self._curvature.move(prepared))
             self._curvature.gather(prepared)
         return followed
 
-    def _undoable(self) -> list[Tensor]:
-        """Return what an update of Q writes; nothing in compiled code, which raises nothing."""
-        return [] if torch.compiler.is_compiling() else [*self._curvature.tensors().values(), self.skipped]
-
-    def _movable(self) -> list[Tensor]:
-        """Return what an update of Q writes after all code of the model has run, apart from statistics."""
-        return [] if torch.compiler.is_compiling() else [*self._curvature.movable(), self.skipped]
-
     def _probe(self, source: Gradient, g: Mapping[str, Packed]) -> Mapping[str, Packed]:
-        """Return the direction u on which Q is learned, from a gradient g and where it comes from."""
+        """Return the direction u on which Q is learned, if it is, from a gradient g and where it comes from."""
+        if not self._options.update_aux_every:
+            return {}
         if self._options.u == "momentum":
             beta = self._groups.beta
             return {k: torch.lerp(dense(g[k]), m, beta(k)) if k in g else m for k, m in self._momentum.items()}

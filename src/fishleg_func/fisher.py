@@ -17,15 +17,10 @@ from . import _checks
 from ._noise import Noise, new_noise
 from ._resolve import as_likelihood
 from ._types import Inputs, Linearization, Params
-from .capture import (
-    call_model,
-    cloned_buffers,
-    find_ties,
-    kept_random_state,
-    pushforward_of,
-)
+from .capture import call_model, cloned_buffers, find_ties, kept_random_state
 from .kernels import differentiable_kernels
 from .likelihoods import Likelihood
+from .pushforward import pushforward_of
 
 KINDS = ("exact", "sampled", "empirical", "antithetic")
 
@@ -73,8 +68,12 @@ def linearize(
         return out, {name: replaced[name] for name in buffers}
 
     outputs, vjp, buffers = torch.func.vjp(run, params, has_aux=True)  # type: ignore[misc]
-    pushforward = pushforward_of(lambda c: vjp(c)[0], outputs)
-    return Linearization(outputs, lambda c: vjp(c)[0], pushforward, buffers)
+
+    def pullback(c: Tensor) -> Params:
+        pulled: Params = vjp(c)[0]
+        return pulled
+
+    return Linearization(outputs, pullback, pushforward_of(pullback, outputs), buffers, pullback)
 
 
 def antithetic_product(gradient: Callable[[Params], Params], params: Params, v: Params) -> Params:

@@ -151,6 +151,19 @@ class LayerSpec(Layout):
             Shape ``[rows, m]`` or ``[groups, rows, m]``.
         """
 
+    def rows_at(self, x: Tensor, delta: Tensor, chosen: Tensor) -> LowRank:
+        """Return some of the rows; by default from all of them.
+
+        Args:
+            x: What was kept of a call.
+            delta: Gradient at its output.
+            chosen: Indices of the rows.
+
+        Returns:
+            Those of δ and of a.
+        """
+        return LowRank(self.output_rows(delta)[..., chosen, :], self.input_rows(x)[..., chosen, :])
+
     def has_positions(self, x: Tensor) -> bool:
         """Tell whether the first axis of an input is examples, each of which makes several rows.
 
@@ -212,10 +225,22 @@ class LinearSpec(Matrix, LayerSpec):
     def output_rows(self, delta: Tensor) -> Tensor:
         return delta.reshape(-1, delta.shape[-1])
 
+    def rows_at(self, x: Tensor, delta: Tensor, chosen: Tensor) -> LowRank:
+        return LowRank(self.output_rows(delta)[chosen], self.input_rows(x.reshape(-1, x.shape[-1])[chosen]))
+
+    def gradient(self, x: Tensor, delta: Tensor) -> Tensor:
+        d = self.output_rows(delta)
+        weight = d.mT @ x.reshape(-1, x.shape[-1])
+        return torch.cat((weight, d.sum(0).unsqueeze(-1)), -1) if self.has_bias else weight
+
     def has_positions(self, x: Tensor) -> bool:
         return x.ndim > 2
 
     def tangent(self, x: Tensor, v: Packed) -> Tensor:
-        rows = self.input_rows(x)
-        moved = (rows @ v.a.mT) @ v.d if isinstance(v, LowRank) else rows @ v.mT
-        return moved.view(*x.shape[:-1], self.shape[0])
+        if isinstance(v, LowRank):
+            return self._applied(x, v.a) @ v.d
+        return self._applied(x, v)
+
+    def _applied(self, x: Tensor, v: Tensor) -> Tensor:
+        """Return what a layer with parameters ``v`` ``[..., in + 1]`` returns: rows are not made, which is a copy."""
+        return F.linear(x, v[:, :-1], v[:, -1]) if self.has_bias else F.linear(x, v)

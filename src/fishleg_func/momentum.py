@@ -73,14 +73,15 @@ class Momentum:
         return {k: x.lerp(inner(g[k], direction[k]), 1 - self._beta(k)) for k, x in along.items()}
 
     def follow(
-        self, loss: Tensor, g: Mapping[str, Packed], stale: Mapping[str, Packed], learned: Learned
+        self, loss: Tensor, g: Mapping[str, Packed], learned: Learned
     ) -> tuple[Mapping[str, Tensor], Tensor | None]:
         """Take up a gradient after Q has changed: p is carried along where it can be, or computed anew.
+
+        What is carried along goes on as where Q stands: it is averaged with Q g, Q being the new one.
 
         Args:
             loss: The loss, for the error.
             g: Gradient by block; of blocks that have none m stays, and p follows Q.
-            stale: Q g with the Q before, for what is carried along.
             learned: What has changed Q.
 
         Returns:
@@ -91,16 +92,17 @@ class Momentum:
         """
         if not self.before:
             return self.average(loss, g, learned.ok)
+        carries = {k: carry for k, carry in learned.carries.items() if carry is not None}
+        qg = {k: dense(self._curvature.apply(k, x)) for k, x in g.items() if self._nesterov or k in carries}
         new_m: dict[str, Tensor] = {}
         new_p: dict[str, Tensor] = {}
         for k, m in self.m.items():
-            carry = learned.carries.get(k)
-            if carry is None:
+            if k not in carries:
                 new_m[k] = m.lerp(dense(g[k]), 1 - self._beta(k)) if k in g else m
                 new_p[k] = dense(self._curvature.apply(k, new_m[k]))
             else:
-                new_p[k] = carry(self.p[k].lerp(dense(stale[k]), 1 - self._beta(k)) if k in g else self.p[k])
-        qg = self.applied(g) if self._nesterov else {}
+                moved = carries[k](self.p[k])
+                new_p[k] = moved.lerp(qg[k], 1 - self._beta(k)) if k in g else moved
         ok = both(learned.ok, require_finite(loss, total(checksum(x) for x in (new_p, qg) if x), _WHAT))
         for k, m in self.m.items():
             if k in new_m:

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import _checks, auxiliary, diagnostics
 from ._trees import assign_, dense
 from ._types import Accuracy, Hyper, Inputs, Options, Packed, Params
-from .batch import Runner
+from .batch import Batch, Runner
 from .capture import kept_random_state, restored_on_error, tensors_restored_on_error
 from .curvature import require_finite
 from .engine import Engine
@@ -78,13 +78,20 @@ class FishLegStep(Engine):
 
     def _step(self, inputs: Inputs, targets: Tensor, due: tuple[bool, bool]) -> Tensor:
         """The step, from a batch to new parameters and buffers."""
-        batch = self._runner.run(inputs, targets, twice=due[0])
+        whole = self._options.aux_batch_size is None
+        batch = self._runner.run(inputs, targets, twice=due[0] and whole and self._linear)
         _checks.same_buffers(dict(self.model.named_buffers()), batch.buffers)
         loss, _, checksum = batch.gradient()
         ok = require_finite(loss, checksum, "a gradient")
         self._runner.settle(batch)
-        whole = self._options.aux_batch_size is None
-        ok = self._advance(batch, lambda: batch if whole else self.run(inputs, targets), due, ok)
+
+        def batch_for_q() -> Batch:
+            if whole:
+                return batch
+            batch.let_go()
+            return self.run(inputs, targets)
+
+        ok = self._advance(batch, batch_for_q, due, ok)
         batch.learn_likelihood_(self.hyper.lr, ok)
         for name, buffer in self.model.named_buffers():
             assign_(buffer, batch.buffers[name], ok)
@@ -116,7 +123,7 @@ class FishLegStep(Engine):
             raise ValueError(f"targets=None must be given with u={self._options.u!r} before the first step")
         self._sync()
         with kept_random_state(self.model):
-            batch = self._runner.run(inputs, targets, twice=True)
+            batch = self._runner.run(inputs, targets, twice=self._linear)
             g: Mapping[str, Packed] = {}
             source = batch
             if self._options.u != "gaussian":
@@ -125,10 +132,11 @@ class FishLegStep(Engine):
                 require_finite(loss, checksum, "a gradient")
                 self._runner.settle(source)
             refresh = is_refresh(self._updates, 1)
-            with tensors_restored_on_error(self._undoable()):
-                prepared = self._curvature.prepare(
-                    batch, lambda: self._probe(source, g), self._noise, refresh=refresh, ok=None
-                )
+            with tensors_restored_on_error() as save:
+                u = self._probe(source, g)
+                prepared = self._curvature.prepare(batch, u, self._noise, refresh=refresh, ok=None, save=save)
+                batch.let_go()
+                save(self._curvature.movable())
                 value = self._curvature.move(prepared).value
                 self._curvature.gather(prepared)
         self._averages.renew(self.q)
