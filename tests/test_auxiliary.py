@@ -112,7 +112,7 @@ def learner(
     """Return a step with random λ and bases, and a batch."""
     model, x = CASES[case].model(), CASES[case].inputs()
     y = targets_for(model, x, likelihood)
-    options = {"aux_rule": rule, "aux_lr": RATES[rule], "damping": 0.05, "q": family} | options
+    options = {"aux_rule": rule, "aux_lr": RATES[rule], "damping": 0.05, "q": family, "step_norm": None} | options
     step = ff.fishlegify(model, LIKELIHOODS[likelihood], generator=generator(0), **options)  # type: ignore[arg-type]
     randomize_(step)
     step._updates = 1  # the first update of all would refresh the bases
@@ -129,7 +129,8 @@ def check_updates(step: FishLegStep, x: Tensor, y: Tensor, likelihood: str, coun
             step.model, x, y, likelihood, blocks_of(step, old), sigma=SIGMA, learn=True,
             momentum=from_packed(step.model, step._momentum), lr=0.0, beta=0.0, weight_decay=0.0, step_norm=None,
             damping=step.hyper.damping.item(), aux_rule=step._options.aux_rule, aux_lr=step.hyper.aux_lr.item(),
-            precondition_aux=step._options.precondition_aux, aux_step=number, moments=moments, **options,  # type: ignore[arg-type]
+            precondition_aux=step._options.precondition_aux, aux_step=number, moments=moments,
+            scale_free=step._options.step_norm == "layer", **options,  # type: ignore[arg-type]
         )  # fmt: skip
         moments = out.moments
         assert out.auxiliary_loss is not None
@@ -143,9 +144,32 @@ def check_updates(step: FishLegStep, x: Tensor, y: Tensor, likelihood: str, coun
 @pytest.mark.parametrize("rule", RATES)
 @pytest.mark.parametrize("preconditioned", [False, True])
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "embedding"])
-def test_update_aux_is_the_oracle_for_each_family(family: str, preconditioned: bool, rule: str) -> None:
-    step, x, y = learner("mlp", "categorical", family, rule, precondition_aux=preconditioned)
+@pytest.mark.parametrize("step_norm", [None, "layer"])
+def test_update_aux_is_the_oracle_for_each_family(
+    step_norm: str | None, family: str, preconditioned: bool, rule: str
+) -> None:
+    step, x, y = learner("mlp", "categorical", family, rule, precondition_aux=preconditioned, step_norm=step_norm)
     check_updates(step, x, y, "categorical")
+
+
+def scaled(step: FishLegStep, factor: float) -> FishLegStep:
+    for q in step.q.values():
+        q.scale_(factor)
+    return step
+
+
+def test_where_steps_have_a_norm_by_layer_the_scale_of_q_is_not_learned() -> None:
+    before, factor = {}, 50.0
+    for size in (1.0, factor):
+        step, x, y = learner("mlp", "categorical", "kfac", step_norm="layer")
+        old = lam_of(scaled(step, size))
+        step.update_aux(x, y)
+        before[size] = {
+            (name, k): old[name][k].inverse() @ new[k] for name, new in lam_of(step).items() for k in ("L",)
+        }
+    for key, moved in before[1.0].items():
+        assert_close(before[factor][key], moved, 1e-8)  # L is moved by the same relative change
+        assert (moved - torch.eye(len(moved))).abs().max() > 1e-3
 
 
 CROSS = [

@@ -138,7 +138,7 @@ def test_masked_rows_do_not_dilute_the_statistics() -> None:
         (lambda: ff.fishlegify(nn.LazyLinear(3)), ValueError, "run the model on a batch first"),
         (
             lambda: ff.fisher_vector_product(
-                nn.Linear(6, 3), Categorical(0), X, {"weight": torch.ones(3, 6)}, kind="antithetic"
+                nn.Linear(6, 3), Categorical(0), X.repeat(20, 1), {"weight": torch.ones(3, 6)}, kind="antithetic"
             ),
             ValueError,
             "ignore_index=0 must be none of the classes",

@@ -116,7 +116,7 @@ class Options:
     """What is fixed for the life of a step, so that compiled code may depend on it; see ``fishlegify``."""
 
     momentum: str
-    update_aux_every: int
+    update_aux_every: int | None
     aux_rule: str
     precondition_aux: bool
     aux_batch_size: int | None

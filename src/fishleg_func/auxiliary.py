@@ -57,6 +57,7 @@ def probe(
     *,
     unit: str,
     preconditioned: bool,
+    scale_free: bool = False,
     outdated: bool = False,
 ) -> Probe:
     r"""Scale the probe, evaluate A and its gradient in v.
@@ -69,6 +70,8 @@ def probe(
         damping: γ of each block, 0-d.
         unit: ``"relative"`` scales u so that :math:`u^\top Qu = 1`, ``"adam"`` so that :math:`\|u\| = 1`.
         preconditioned: Replace w by Qw.
+        scale_free: Whether the scale of each Q does not count. Then w is that of A at the best scale of each v, and
+            orthogonal to v; zero where no positive scale is best.
         outdated: Apply Q through its roots: the operators are not yet those of the basis, but will be when λ moves.
 
     Returns:
@@ -84,10 +87,14 @@ def probe(
     factor = inverse_or_zero(total(inner(u[k], measured[k]) for k in q).clamp(min=0).sqrt())
     u, v = {k: scale(x, factor) for k, x in u.items()}, {k: scale(x, factor) for k, x in v.items()}
     fv = fisher(v)
-    minus = -torch.ones_like(factor)
-    w = {k: add(fv[k], add(scale(u[k], minus), scale(v[k], damping[k]))) for k in q}
     quadratics = torch.stack([inner(v[k], fv[k]) + damping[k] * inner(v[k], v[k]) for k in q])
     squares = torch.stack([inner(u[k], v[k]) for k in q])
+    best = squares.clamp(min=0) * inverse_or_zero(quadratics) if scale_free else torch.ones_like(squares)
+    minus = -(best > 0).to(best.dtype)
+    w = {
+        k: add(scale(fv[k], c), add(scale(u[k], sign), scale(v[k], c * damping[k])))
+        for k, c, sign in zip(q, best.unbind(), minus.unbind(), strict=True)
+    }
     square = squares.sum()
     if preconditioned:
         w = {k: apply(k, w[k]) for k in q}

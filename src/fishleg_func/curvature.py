@@ -98,7 +98,7 @@ class Curvature:
     def prepare(
         self,
         batch: Batch,
-        u: Mapping[str, Packed],
+        u: Mapping[str, Packed] | None,
         noise: Noise,
         *,
         refresh: bool,
@@ -109,7 +109,7 @@ class Curvature:
 
         Args:
             batch: Where the Fisher is taken.
-            u: Direction of the probe, if λ moves.
+            u: Direction of the probe, ``None`` where λ does not move.
             noise: Source of the draws.
             refresh: Whether the bases are due; if they are not, nothing is changed yet.
             ok: In compiled code, whether to change anything.
@@ -132,7 +132,7 @@ class Curvature:
                 save(self.q[name].buffers())
                 self.q[name].gather_(statistics.pop(name), gather)
                 self.q[name].refresh_(damping[name], ok)
-        probe = self._probe(u, batch, noise, refresh) if self._options.update_aux_every else None
+        probe = None if u is None else self._probe(u, batch, noise, refresh)
         return Prepared(statistics, level, gather, probe, refresh, ok)
 
     def _probe(self, u: Mapping[str, Packed], batch: Batch, noise: Noise, refreshed: bool) -> auxiliary.Probe:
@@ -141,6 +141,7 @@ class Curvature:
         return auxiliary.probe(
             self.q, self.operators, u, fisher, self.damping(), unit=options.aux_rule,
             preconditioned=options.precondition_aux, outdated=refreshed,
+            scale_free=options.step_norm == "layer" and options.u != "gaussian",
         )  # fmt: skip
 
     def move(self, prepared: Prepared) -> Learned:
@@ -149,7 +150,7 @@ class Curvature:
         if prepared.refreshed:
             self.renew(ok=ok)
         if probe is None:
-            return Learned(torch.zeros_like(prepared.level), self._carries(prepared, _stay), ok)
+            return Learned(torch.zeros_like(prepared.level), {}, ok)
         assign_(self.losses, torch.cat((probe.loss[None], probe.parts)), ok)
         finite, changed = probe.loss.isfinite(), ok
         if torch.compiler.is_compiling():

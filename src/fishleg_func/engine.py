@@ -20,10 +20,10 @@ from .curvature import Curvature, require_finite
 from .likelihoods import Likelihood
 from .momentum import Momentum
 from .qmodules import QModule
-from .schedule import is_due, is_refresh
+from .schedule import Due, is_due, is_refresh
 from .transform import Plan
 
-_DEFAULT_CADENCE = 10  # steps between statistics where update_aux_every=0 learns nothing
+_DEFAULT_CADENCE = 10  # steps between statistics where update_aux_every does not say
 
 
 class Gradient(Protocol):
@@ -80,7 +80,7 @@ class Engine:
     @property
     def due(self) -> bool:
         """Whether the next step updates Q."""
-        return self._due()[0]
+        return self._due().statistics
 
     @property
     def plan(self) -> Plan:
@@ -148,12 +148,17 @@ class Engine:
 
         if size is not None:
             inputs, targets, cotangent = pytree.tree_map(cut, (inputs, targets, cotangent))
-        return self._runner.run(inputs, targets, twice=self._linear, cotangent=cotangent)
+        return self._runner.run(inputs, targets, twice=self._due().learn and self._linear, cotangent=cotangent)
 
     @property
     def _linear(self) -> bool:
-        """Whether updates of Q take products with the Jacobian."""
-        return bool(self._options.update_aux_every) and self._options.fisher != "antithetic"
+        """Whether updates of λ take products with the Jacobian."""
+        return self._options.fisher != "antithetic"
+
+    @property
+    def _learns(self) -> bool:
+        """Whether λ ever moves."""
+        return self._options.update_aux_every != 0
 
     def advance(self, source: Gradient, batch_for_q: Callable[[], Batch]) -> None:
         """Take a step along a gradient that was made elsewhere, after :meth:`check`; eager only.
@@ -200,14 +205,16 @@ class Engine:
         """Raise ValueError unless a state has the names and shapes of this one."""
         _checks.same_state(self.live_state(), state)
 
-    def _due(self) -> tuple[bool, bool]:
-        """Tell whether the next step updates Q, and whether it refreshes the bases."""
-        cadence = self._options.update_aux_every or _DEFAULT_CADENCE
-        curvature = is_due(self._t, cadence)
-        return curvature, curvature and is_refresh(self._t, cadence)
+    def _due(self) -> Due:
+        """Tell what the next step does; by default λ moves with the bases, if all blocks have one."""
+        every = self._options.update_aux_every
+        statistics = is_due(self._t, every or _DEFAULT_CADENCE)
+        refresh = statistics and is_refresh(self._t, every or _DEFAULT_CADENCE)
+        rarely = every is None and all(q.has_basis for q in self.q.values())
+        return Due(statistics, refresh, self._learns and (refresh if rarely else statistics))
 
     def _advance(
-        self, source: Gradient, batch_for_q: Callable[[], Batch], due: tuple[bool, bool], ok: Tensor | None
+        self, source: Gradient, batch_for_q: Callable[[], Batch], due: Due, ok: Tensor | None
     ) -> Tensor | None:
         """Take the step: update Q where that is due, average, write the parameters.
 
@@ -220,10 +227,9 @@ class Engine:
         Returns:
             ``ok``, with what was found on the way.
         """
-        curvature, refresh = due
         loss, g, _ = source.gradient()
-        if curvature:
-            p, ok = self._learn(source, batch_for_q, refresh, ok)
+        if due.statistics:
+            p, ok = self._update_q(source, batch_for_q, due, ok)
         else:
             p, ok = self._averages.average(loss, g, ok)
         norms = {k: torch.linalg.vector_norm(direction) for k, direction in p.items()}
@@ -235,25 +241,26 @@ class Engine:
         self._noise.advance_()
         return ok
 
-    def _learn(
-        self, source: Gradient, batch_for_q: Callable[[], Batch], refresh: bool, ok: Tensor | None
+    def _update_q(
+        self, source: Gradient, batch_for_q: Callable[[], Batch], due: Due, ok: Tensor | None
     ) -> tuple[Mapping[str, Tensor], Tensor | None]:
-        """Update Q, and the averages with it; what is written is undone if anything raises."""
+        """Update Q and its statistics, and the averages; what is written is undone if anything raises."""
         loss, g, _ = source.gradient()
-        u = self._probe(source, g)
+        u = self._probe(source, g) if due.learn else None
         batch = batch_for_q()
         with tensors_restored_on_error() as save:
-            prepared = self._curvature.prepare(batch, u, self._noise, refresh=refresh, ok=ok, save=save)
+            prepared = self._curvature.prepare(batch, u, self._noise, refresh=due.refresh, ok=ok, save=save)
             batch.let_go()
-            save(self._curvature.movable())
-            followed = self._averages.follow(loss, g, self._curvature.move(prepared))
+            if due.refresh or due.learn:
+                save(self._curvature.movable())
+                averaged = self._averages.follow(loss, g, self._curvature.move(prepared))
+            else:
+                averaged = self._averages.average(loss, g, prepared.ok)
             self._curvature.gather(prepared)
-        return followed
+        return averaged
 
     def _probe(self, source: Gradient, g: Mapping[str, Packed]) -> Mapping[str, Packed]:
-        """Return the direction u on which Q is learned, if it is, from a gradient g and where it comes from."""
-        if not self._options.update_aux_every:
-            return {}
+        """Return the direction u on which Q is learned, from a gradient g and where it comes from."""
         if self._options.u == "momentum":
             beta = self._groups.beta
             return {k: torch.lerp(dense(g[k]), m, beta(k)) if k in g else m for k, m in self._momentum.items()}

@@ -32,7 +32,7 @@ def fishlegify(
     momentum: str = "nesterov",
     weight_decay: float = 0.0,
     damping: float | None = None,
-    update_aux_every: int = 10,
+    update_aux_every: int | None = None,
     aux_rule: str = "relative",
     aux_lr: float = 0.2,
     aux_betas: tuple[float, float] = (0.9, 0.999),
@@ -71,8 +71,10 @@ def fishlegify(
         damping: γ, in the units of the Fisher; ``None`` for 0.03 times the mean diagonal entry of the Fisher of the
             outputs, as it is along training, so that the scale of the loss does not matter. ``step.damping`` tells.
             Where outputs are certain, and wrong, from the start on, and ``step_norm`` is not ``"layer"``, give a value.
-        update_aux_every: Steps between auxiliary updates of λ (the first ``update_aux_every`` steps all make one); 0
-            never updates λ, which leaves the families' bases: K-FAC for ``"kfac"``.
+        update_aux_every: Steps between auxiliary updates of λ, and between statistics (the first ``update_aux_every``
+            steps all make one). By default these are 10, and λ moves in those that refresh the bases, 80 steps apart in
+            the long run; or in each, where a family has no basis. 0 never updates λ, which leaves the families' bases:
+            K-FAC for ``"kfac"``.
         aux_rule: ``"relative"`` moves λ multiplicatively; ``"adam"`` is the paper's.
         aux_lr: Rate of the rule: 0.2 suits ``"relative"``, about 1e-3 ``"adam"``.
         aux_betas: Decay of Adam's two moments, with ``aux_rule="adam"``.
@@ -182,7 +184,8 @@ def _check(
     _checks.number("aux_lr", aux_lr, 0, math.inf, "use 0.2 with the relative rule, 1e-3 with Adam", low_open=True)
     _checks.number("weight_decay", weight_decay, 0, math.inf, "use 0 for none")
     _checks.number("beta", beta, 0, 1, "use 0.9, or 0 for no momentum")
-    _checks.integer("update_aux_every", options.update_aux_every, 0, "use 0 to never update λ")
+    if options.update_aux_every is not None:
+        _checks.integer("update_aux_every", options.update_aux_every, 0, "use 0 to never update λ")
     _checks.choice("precondition_aux", options.precondition_aux, (False, True))
     _checks.choice("momentum", options.momentum, momentum_rules)
     _checks.choice("aux_rule", options.aux_rule, auxiliary.RULES)

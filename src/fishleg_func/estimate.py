@@ -103,7 +103,7 @@ def estimate_inverse_fisher(
     if tolerance is not None:
         _checks.number("tolerance", tolerance, 0, float("inf"), "use None never to stop early")
     with fishlegify(
-        model, likelihood, damping=damping, q=q, u=u, fisher=fisher, aux_lr=aux_lr,
+        model, likelihood, damping=damping, q=q, u=u, fisher=fisher, aux_lr=aux_lr, step_norm=None,
         include=include, exclude=exclude, output=output, generator=generator,
     ) as step:  # fmt: skip
         done = _begin(step, damping, state, updates)

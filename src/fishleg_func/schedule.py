@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+
+class Due(NamedTuple):
+    """What a step does beside moving the parameters.
+
+    Attributes:
+        statistics: Whether it takes statistics of the Fisher.
+        refresh: Whether it refreshes the bases, which it does only with statistics.
+        learn: Whether it moves λ, which it does only with statistics.
+    """
+
+    statistics: bool
+    refresh: bool
+    learn: bool
+
 
 def is_due(t: int, every: int) -> bool:
     """Tell whether step t updates the curvature: each of the first ``every`` steps, then one in ``every``.

@@ -18,7 +18,7 @@ from .capture import kept_random_state, restored_on_error, tensors_restored_on_e
 from .curvature import require_finite
 from .engine import Engine
 from .inverse import InverseFisher, covered
-from .schedule import is_refresh
+from .schedule import Due, is_refresh
 
 
 class FishLegStep(Engine):
@@ -76,10 +76,10 @@ class FishLegStep(Engine):
         self._last = _detached((inputs, targets))
         return loss
 
-    def _step(self, inputs: Inputs, targets: Tensor, due: tuple[bool, bool]) -> Tensor:
+    def _step(self, inputs: Inputs, targets: Tensor, due: Due) -> Tensor:
         """The step, from a batch to new parameters and buffers."""
         whole = self._options.aux_batch_size is None
-        batch = self._runner.run(inputs, targets, twice=due[0] and whole and self._linear)
+        batch = self._runner.run(inputs, targets, twice=due.learn and whole and self._linear)
         _checks.same_buffers(dict(self.model.named_buffers()), batch.buffers)
         loss, _, checksum = batch.gradient()
         ok = require_finite(loss, checksum, "a gradient")
@@ -123,7 +123,7 @@ class FishLegStep(Engine):
             raise ValueError(f"targets=None must be given with u={self._options.u!r} before the first step")
         self._sync()
         with kept_random_state(self.model):
-            batch = self._runner.run(inputs, targets, twice=self._linear)
+            batch = self._runner.run(inputs, targets, twice=self._learns and self._linear)
             g: Mapping[str, Packed] = {}
             source = batch
             if self._options.u != "gaussian":
@@ -133,7 +133,7 @@ class FishLegStep(Engine):
                 self._runner.settle(source)
             refresh = is_refresh(self._updates, 1)
             with tensors_restored_on_error() as save:
-                u = self._probe(source, g)
+                u = self._probe(source, g) if self._learns else None
                 prepared = self._curvature.prepare(batch, u, self._noise, refresh=refresh, ok=None, save=save)
                 batch.let_go()
                 save(self._curvature.movable())
