@@ -45,7 +45,7 @@ def test_step_cost_reports_ratios_memory_and_state(
     assert found.parameters == 2 * (8 * 8 + 8)
     adamw, fishleg, muon, optimizer = found.costs
     assert [c.method for c in found.costs] == ["adamw", "fishleg", "muon", "optimizer"]
-    assert fishleg.ratios.keys() == optimizer.ratios.keys() == {"amortized", "plain", "auxiliary", "refresh"}
+    assert fishleg.ratios.keys() == optimizer.ratios.keys() == {"amortized", "plain", "statistics", "refresh"}
     assert adamw.ratios.keys() == muon.ratios.keys() == {"amortized"}
     assert all(r > 0 for c in found.costs for r in c.ratios.values())
     assert adamw.state_bytes == 2 * 4 * found.parameters + 4 * 4  # two moments, and a count for each parameter
@@ -55,8 +55,8 @@ def test_step_cost_reports_ratios_memory_and_state(
 
 
 def test_step_cost_counts_a_period_of_the_schedule(step_cost: ModuleType) -> None:
-    assert step_cost.SHARES == {"plain": 72 / 80, "auxiliary": 7 / 80, "refresh": 1 / 80}
-    assert [step_cost.kind(t) for t in (400, 401, 410, 480)] == ["refresh", "plain", "auxiliary", "refresh"]
+    assert step_cost.SHARES == {"plain": 72 / 80, "statistics": 7 / 80, "refresh": 1 / 80}
+    assert [step_cost.kind(t) for t in (400, 401, 410, 480)] == ["refresh", "plain", "statistics", "refresh"]
 
 
 @pytest.mark.parametrize("arguments", [["--reps", "2"], ["--threads", "0"], ["--methods", "original"]])
@@ -96,7 +96,7 @@ def test_a_vocabulary_of_50_000_allocates_no_square() -> None:
 
 def test_profile_counts_operations_over_the_schedule(capsys: pytest.CaptureFixture[str]) -> None:
     found = importlib.import_module("profile_step").main(["--model", "mlp", "--reps", "2", "--threads", "1"])
-    assert found.keys() == {"AdamW", "plain", "auxiliary", "refresh", "amortized"}
+    assert found.keys() == {"AdamW", "plain", "statistics", "refresh", "amortized"}
     assert all(ratio > 1 for ratio in found.values())
     printed = capsys.readouterr().out
     assert "aten::mm" in printed and "GFLOP/s" in printed

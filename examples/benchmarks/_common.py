@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fishleg_func as ff
+from fishleg_func.schedule import CADENCE
 
 Batch = tuple[Tensor, Tensor]  # (inputs, targets)
-
-CADENCE = inspect.signature(ff.fishlegify).parameters["update_aux_every"].default
 
 AUTOENCODER = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 IMAGE = 28  # height and width of the images of the CNN

@@ -6,7 +6,8 @@
 
 Every size is measured in a process of its own: the state that FishLeg keeps, the peak of memory in a first step (of the
 process, from /proc, so on Linux only; with CUDA, of its allocator), the median time of each class of steps (plain;
-auxiliary: λ moves; refresh: the bases too), their mean over a period of the steady schedule, and a step of AdamW.
+statistics: of the Fisher, too; refresh: bases and λ), their mean over a period of the steady schedule, and a step of
+AdamW.
 Exponents are slopes of least-squares lines through the logarithms, over the upper half of the sizes. Up to a tolerance
 for noise they must not exceed what theory allows: for a layer [m, n], rows (m² + n²) in time, m³ + n³ where factors are
 multiplied or factorized, m² + n² in memory, and nothing above linear in depth, batch, classes and vocabulary.
@@ -34,19 +35,18 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fishleg_func as ff
-from fishleg_func.schedule import is_due, is_refresh
+from fishleg_func.schedule import CADENCE, is_due, is_refresh
 
 FEATURES, CLASSES, BATCH, BAG = 64, 10, 64, 16  # what does not grow in a sweep; BAG: words in an example
 WIDTH = 256  # of the hidden layers where depth or batch grows
 MAX_DIM = 4096  # longest side of a dense factor of Q, the library's default
-EVERY = 10  # update_aux_every, the library's default
-PERIOD, START = 8 * EVERY, 40 * EVERY  # of the schedule, which is steady from step 40 * EVERY on: length and a start
+PERIOD, START = 8 * CADENCE, 40 * CADENCE  # of the schedule, which is steady from then on: length and a start
 RATE = 1e-5  # of learning: the model stays about where it started, so that no number becomes subnormal and slow
 TOLERANCE = 0.15  # of an exponent, for noise
 FAR_BELOW = 0.1  # largest part of a vocabulary x vocabulary matrix that the peak of memory may be
-TIMES, BYTES = ("AdamW", "plain", "auxiliary", "refresh", "amortized"), ("state", "peak")  # what is measured
+TIMES, BYTES = ("AdamW", "plain", "statistics", "refresh", "amortized"), ("state", "peak")  # what is measured
 LINEAR = dict.fromkeys((*TIMES[1:], *BYTES), 1)
-SQUARE = {"plain": 2, "auxiliary": 2, "refresh": 3, "amortized": 3, "state": 2, "peak": 2}
+SQUARE = {"plain": 2, "statistics": 2, "refresh": 3, "amortized": 3, "state": 2, "peak": 2}
 Problem = tuple[nn.Module, Tensor, Tensor]  # model, inputs, targets
 Fits = dict[str, "Fit"]  # by quantity
 
@@ -195,7 +195,7 @@ def peak_bytes(device: str) -> int:
 
 def kind(t: int) -> str:
     """Return the class of step t."""
-    return "plain" if not is_due(t, EVERY) else "refresh" if is_refresh(t, EVERY) else "auxiliary"
+    return "plain" if not is_due(t, CADENCE) else "refresh" if is_refresh(t, CADENCE) else "statistics"
 
 
 def problem(name: str, size: int, device: str) -> Problem:
@@ -209,7 +209,7 @@ def make_fishleg(name: str, size: int, config: Config) -> tuple[Callable[[], obj
     """Return a call of FishLeg's step on the problem's batch, and the step."""
     model, inputs, targets = problem(name, size, config.device)
     q = partial(ff.families.KFAC, max_dim=SWEEPS[name].quick_max_dim if config.quick else MAX_DIM)
-    step = ff.fishlegify(model, ff.likelihoods.Categorical(), lr=RATE, update_aux_every=EVERY, q=q)
+    step = ff.fishlegify(model, ff.likelihoods.Categorical(), lr=RATE, q=q)
     return lambda: step(inputs, targets), step
 
 

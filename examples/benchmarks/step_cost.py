@@ -8,9 +8,9 @@ A step is all that trains on one batch: zero_grad, forward pass, backward pass, 
 its defaults, as are all other methods. In each repetition every method in turn runs a stretch of steps, right after a
 stretch of AdamW on the same batch, and its mean is divided by AdamW's. The table gives the medians of these ratios.
 
-FishLeg's steps are of three kinds: plain, auxiliary (Q learns) and refresh (its bases are renewed, too). They are timed
-one by one, late enough in training for their schedule to be periodic, and "amortized" weights the kinds as a period of
-the schedule does. Methods with a cadence of their own (SOAP, the original FishLeg) run whole multiples of it.
+FishLeg's steps are of three kinds: plain, statistics (of the Fisher are taken) and refresh (bases are renewed, too, and
+λ moves). They are timed one by one, late enough in training for their schedule to be periodic, and "amortized" weights
+the kinds as a period of the schedule does. Methods with a cadence of their own (SOAP, the original FishLeg) run whole multiples of it.
 
 Memory is the peak of a process of its own that makes a few steps, over AdamW's: the resident memory of all of it, what
 compiling needs included; on a GPU, what torch has allocated. State is what is kept between steps, in bytes for each
@@ -37,13 +37,13 @@ from statistics import fmean, median, quantiles
 from typing import Any
 
 import torch
-from _common import CADENCE, METHODS, PROBLEMS, Batch, Contender, contender
+from _common import METHODS, PROBLEMS, Batch, Contender, contender
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fishleg_func.schedule import is_due, is_refresh
+from fishleg_func.schedule import CADENCE, is_due, is_refresh
 
 MIN_REPS = 15
 MAY_BE_SLOW, SLOW_SECONDS, SLOW_REPS = {"soap", "shampoo"}, 1.0, 5  # a step longer than this: only so many repetitions
@@ -53,14 +53,14 @@ UNSUPPORTED = {("original", "transformer")}  # it trains nothing but a nested nn
 
 def kind(t: int) -> str:
     """Return the kind of FishLeg's step number t at the defaults."""
-    return "plain" if not is_due(t, CADENCE) else "refresh" if is_refresh(t, CADENCE) else "auxiliary"
+    return "plain" if not is_due(t, CADENCE) else "refresh" if is_refresh(t, CADENCE) else "statistics"
 
 
-KINDS = ("plain", "auxiliary", "refresh")
+KINDS = ("plain", "statistics", "refresh")
 _START, _END = [t for t in range(40 * CADENCE, 80 * CADENCE) if kind(t) == "refresh"][:2]  # periodic by then
 SHARES = {name: n / (_END - _START) for name, n in Counter(map(kind, range(_START, _END))).items()}
-_AUXILIARY = next(t for t in range(_START, _END) if kind(t) == "auxiliary")
-TIMED = range(_START, _AUXILIARY + CADENCE)  # FishLeg's stretch: some of every kind, as they follow each other
+_STATISTICS = next(t for t in range(_START, _END) if kind(t) == "statistics")
+TIMED = range(_START, _STATISTICS + CADENCE)  # FishLeg's stretch: some of every kind, as they follow each other
 
 
 @dataclass(frozen=True)

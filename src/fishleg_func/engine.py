@@ -20,10 +20,8 @@ from .curvature import Curvature, require_finite
 from .likelihoods import Likelihood
 from .momentum import Momentum
 from .qmodules import QModule
-from .schedule import Due, is_due, is_refresh
+from .schedule import CADENCE, Due, is_due, is_refresh
 from .transform import Plan
-
-_DEFAULT_CADENCE = 10  # steps between statistics where update_aux_every does not say
 
 
 class Gradient(Protocol):
@@ -208,8 +206,8 @@ class Engine:
     def _due(self) -> Due:
         """Tell what the next step does; by default λ moves with the bases, if all blocks have one."""
         every = self._options.update_aux_every
-        statistics = is_due(self._t, every or _DEFAULT_CADENCE)
-        refresh = statistics and is_refresh(self._t, every or _DEFAULT_CADENCE)
+        statistics = is_due(self._t, every or CADENCE)
+        refresh = statistics and is_refresh(self._t, every or CADENCE)
         rarely = every is None and all(q.has_basis for q in self.q.values())
         return Due(statistics, refresh, self._learns and (refresh if rarely else statistics))
 

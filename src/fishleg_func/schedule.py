@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+CADENCE = 10  # steps between statistics where ``update_aux_every`` does not say
+
 
 class Due(NamedTuple):
     """What a step does beside moving the parameters.
