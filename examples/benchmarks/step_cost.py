@@ -10,7 +10,8 @@ stretch of AdamW on the same batch, and its mean is divided by AdamW's. The tabl
 
 FishLeg's steps are of three kinds: plain, statistics (of the Fisher are taken) and refresh (bases are renewed, too, and
 λ moves). They are timed one by one, late enough in training for their schedule to be periodic, and "amortized" weights
-the kinds as a period of the schedule does. Methods with a cadence of their own (SOAP, the original FishLeg) run whole multiples of it.
+the kinds as a period of the schedule does. Methods with a cadence of their own (SOAP, the original FishLeg) run whole
+multiples of it.
 
 Memory is the peak of a process of its own that makes a few steps, over AdamW's: the resident memory of all of it, what
 compiling needs included; on a GPU, what torch has allocated. State is what is kept between steps, in bytes for each
