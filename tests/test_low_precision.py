@@ -1,4 +1,7 @@
-"""Parameters in bfloat16 and float16: state in float32, each tensor rounded once, and the same training within that."""
+"""Parameters in bfloat16 and float16: state in float32, each tensor rounded once, and the same training within that.
+
+After training: systems with the Fisher, and pruning, are those of the same parameters in float32.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import randn
+from cases import assert_close, generator, randn
 from torch import Tensor, nn
 
 import fishleg_func as ff
@@ -134,3 +137,131 @@ def test_a_layer_whose_hook_does_not_tell_everything_is_still_found(dtype: torch
 def test_finite_differences_need_digits() -> None:
     with pytest.raises(ValueError, match=r"fisher='antithetic' .*bfloat16.*fisher='exact'"):
         ff.fishlegify(mlp().bfloat16(), fisher="antithetic")
+
+
+# --- operators and pruning ---
+
+
+def coarse(x: Tensor) -> Tensor:
+    """Round to what both dtypes hold."""
+    return lowered(lowered(x, torch.bfloat16), torch.float16)
+
+
+def halves(n: int = 24) -> list[tuple[Tensor, Tensor]]:
+    """Return two batches for the MLP."""
+    x = coarse(randn(n, 4))
+    return [(x[:10], LABELS[:10]), (x[10:], LABELS[10:])]
+
+
+def in_dtype(batches: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    return [(lowered(x, dtype), y) for x, y in batches]
+
+
+@HALVES
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_fisher_is_that_of_the_same_parameters_in_float64(name: str, keep: bool, dtype: torch.dtype) -> None:
+    model, x = make(name)
+    low = model.to(dtype).eval()
+    wide, x = copy.deepcopy(low).double(), coarse(x)
+    state = {k: t.clone() for k, t in low.state_dict().items()}
+    op = ff.FisherOperator(low, Categorical(), [(lowered(x, dtype), LABELS)], damping=1e-3, keep=keep)
+    exact = ff.FisherOperator(wide, Categorical(), [(lowered(x, torch.float64), LABELS)], damping=1e-3)
+    v = randn(op.shape[0])
+    assert (op.dtype, (op @ v.float()).dtype) == (torch.float32, torch.float32)
+    assert float((op @ v - exact @ v).norm()) < 1e-5 * float((exact @ v).norm())
+    assert all(torch.equal(t, state[k]) and t.dtype == state[k].dtype for k, t in low.state_dict().items())
+
+
+@HALVES
+def test_solve_converges(dtype: torch.dtype) -> None:
+    low, _ = make("mlp")
+    low.to(dtype)
+    wide, batches = copy.deepcopy(low).double(), in_dtype(halves(), dtype)
+    op = ff.FisherOperator(low, Categorical(), batches, damping=0.03)
+    exact = ff.FisherOperator(wide, Categorical(), in_dtype(halves(), torch.float64), damping=0.03)
+    b = randn(op.shape[0]).to(dtype)
+    q = ff.estimate_inverse_fisher(low, Categorical(), batches, damping=0.03, updates=20)
+    for solution in (op.solve(b), op.solve(op.unflatten(b)), op.solve(b, preconditioner=q)):
+        x = solution.x if isinstance(solution.x, Tensor) else op.flatten(solution.x)
+        assert solution.converged and solution.residual <= 1e-5
+        assert x.dtype == torch.float32
+        assert float((exact @ x.double() - b.double()).norm()) <= 2e-5 * float(b.double().norm())
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_the_fisher_of_a_model_that_casts_by_itself(low: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = Mixed(low), randn(24, 4).float()
+    wide = Mixed(torch.float64)
+    wide.load_state_dict(model.state_dict())
+    wide.double().head.register_forward_pre_hook(lambda _, args: (args[0].double(),))
+    op = ff.FisherOperator(model, Categorical(), [(x, LABELS)], damping=1e-3)
+    exact = ff.FisherOperator(wide, Categorical(), [(x.double(), LABELS)], damping=1e-3)
+    v = randn(op.shape[0])
+    assert float((op @ v - exact @ v).norm()) < 1e-5 * float((exact @ v).norm())
+
+
+def test_what_a_model_makes_in_low_precision_by_itself_is_widened_too() -> None:
+    constant = torch.full((4,), 0.5, dtype=torch.bfloat16)
+
+    class Makes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            padded = torch.zeros(len(x), 4, dtype=torch.bfloat16)
+            padded[:, :2] = x.bfloat16() / 3
+            assert constant.dtype == padded.dtype == x.dtype == self.fc.weight.dtype == torch.float32
+            return self.fc(padded.add_(constant))
+
+    torch.manual_seed(0)
+    x, model = randn(24, 2).bfloat16(), Makes().bfloat16()
+    op = ff.FisherOperator(model, Categorical(), [(x, LABELS)])
+    same = nn.Sequential(model.fc)
+    features = torch.cat([x.double() / 3, 0 * x.double()], 1) + 0.5
+    expected = ff.FisherOperator(copy.deepcopy(same).double(), Categorical(), [(features, LABELS)])
+    assert_close(op.dense().double(), expected.dense(), 1e-5)
+    with pytest.raises(AssertionError):
+        model(x)
+
+
+@HALVES
+def test_products_with_q_are_in_float32(dtype: torch.dtype) -> None:
+    model, _ = make("mlp")
+    q = ff.estimate_inverse_fisher(model.to(dtype), Categorical(), in_dtype(halves(), dtype), damping=0.1, updates=20)
+    v = randn(q.shape[0]).float()
+    expected = torch.cat([p.flatten() for p in (q.to(dtype=torch.float32) @ q.unflatten(v)).values()])
+    assert torch.equal(q @ v, expected)
+    assert {t.dtype for t in q.diagonal().values()} == {torch.float32}
+    assert (q @ v.to(dtype)).dtype == dtype
+
+
+@HALVES
+@pytest.mark.parametrize("kind", ["learned", "blocks", "empirical", "magnitude"])
+def test_pruning_is_that_of_float32_rounded_once(kind: str, dtype: torch.dtype) -> None:
+    low, _ = make("mlp")
+    low.to(dtype)
+    wide = copy.deepcopy(low).float()
+
+    def inverse(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> ff.InverseFisher | ff.pruning.BlockInverse:
+        if kind == "magnitude":
+            return ff.pruning.magnitude(model)
+        if kind == "learned":
+            return ff.estimate_inverse_fisher(
+                model, Categorical(), batches, damping=0.1, updates=20, generator=generator(0)
+            )
+        size, fisher = (None, "exact") if kind == "blocks" else (1, "empirical")
+        return ff.pruning.block_inverse(model, Categorical(), batches, damping=0.1, size=size, kind=fisher)
+
+    op = inverse(low, in_dtype(halves(), dtype))
+    if kind != "learned":
+        assert_close(op.dense(), inverse(wide, in_dtype(halves(), torch.float32)).dense(), 1e-5)
+    assert {t.dtype for t in ff.pruning.saliency(low, op).values()} == {torch.float32}
+    done = ff.pruning.prune(low, op, 0.6, rounds=3, tol=1e-6)
+    expected = ff.pruning.prune(wide, op, 0.6, rounds=3, tol=1e-6)
+    assert done.residual <= 1e-6 and done.increase == expected.increase
+    assert all(torch.equal(done.masks[name], mask) for name, mask in expected.masks.items())
+    assert {p.dtype for p in low.parameters()} == {dtype}
+    assert all(torch.equal(p, wide.get_parameter(name).to(dtype)) for name, p in low.named_parameters())

@@ -137,6 +137,16 @@ def test_a_compensation_that_is_not_solved_warns(monkeypatch: pytest.MonkeyPatch
         pruning.compensation(model, computed(model), some_masks(model), tol=TOL)
 
 
+def test_a_compensation_that_is_not_finite_changes_nothing() -> None:
+    model = mlp()
+    inverse = computed(model)
+    model[0].weight.data[0, 0] = torch.nan
+    before = flat(model)
+    with pytest.raises(FloatingPointError, match=r"residual of nan.*nothing was changed\. Look for parameters"):
+        pruning.prune(model, inverse, 0.9)
+    assert torch.equal(flat(model).nan_to_num(), before.nan_to_num())
+
+
 # --- which weights go ---
 
 

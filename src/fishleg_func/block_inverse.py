@@ -15,6 +15,7 @@ from . import _checks
 from ._noise import Noise, new_noise
 from ._resolve import as_likelihood
 from ._types import Inputs, Params
+from ._widened import wide, widened
 from .blocks import Block
 from .capture import call_model, cloned_buffers, find_ties
 from .fisher import make_output_fisher
@@ -189,7 +190,7 @@ def _plan(
 ) -> tuple[tuple[Block, ...], Params]:
     model = unwrapped(model)
     blocks = make_plan(model, "diagonal", include, exclude).blocks
-    return blocks, covered(model, blocks)
+    return blocks, {name: p.to(wide(p.dtype)) for name, p in covered(model, blocks).items()}
 
 
 def _device(block: Block, params: Params) -> torch.device:
@@ -202,8 +203,9 @@ def _inverse(matrix: Tensor, damping: float) -> Tensor:
 
 
 def _run(model: nn.Module, inputs: Inputs, params: Params, output: Callable[[Any], Tensor] | None) -> Tensor:
-    out = call_model(model, {**params, **cloned_buffers(model)}, inputs, find_ties(model))
-    out = out if output is None else output(out)
+    with widened(model):
+        out = call_model(model, {**params, **cloned_buffers(model)}, inputs, find_ties(model))
+        out = out if output is None else output(out)
     _checks.tensor_output(out)
     return out
 

@@ -12,6 +12,7 @@ from . import _checks
 from ._noise import Noise, new_noise
 from ._resolve import as_likelihood
 from ._types import Inputs, Linearization, Params
+from ._widened import wide, widened
 from .capture import kept_random_state
 from .conjugate import Solution, conjugate_gradients
 from .fisher import linearize, make_output_fisher
@@ -39,7 +40,8 @@ class FisherOperator(Operator):
 
     over the M terms (examples, or unmasked tokens) of all batches together. The parameters are copied: the operator
     stays what it is while the model is trained on. Buffers, and parameters that it is not about, must stay where
-    ``keep=False``. The model is run in the mode that it is in; dropout draws one mask for each batch.
+    ``keep=False``. The model is run in the mode that it is in; dropout draws one mask for each batch. Where parameters
+    are in bfloat16 or float16, the model is computed in float32 at their values, and stays what it is.
 
     Args:
         model: Any module.
@@ -100,7 +102,7 @@ class FisherOperator(Operator):
         model, likelihood = unwrapped(model), as_likelihood(likelihood)
         _checks.no_backward_hooks(model)
         chosen, _ = select(model, include, exclude)
-        self._params = {name: p.detach().clone() for name, p in chosen.items()}
+        self._params = {name: p.detach().to(wide(p.dtype), copy=True) for name, p in chosen.items()}
         super().__init__(self._params, damping)
         self._model, self._likelihood, self._kind, self._output = model, likelihood, kind, output
         noise = new_noise(self.device, generator)
@@ -126,7 +128,7 @@ class FisherOperator(Operator):
             )
 
         def linearized() -> Linearization:
-            with kept_random_state(self._model):
+            with kept_random_state(self._model), widened(self._model):
                 self._seed(int(noise.counter) & (2**62 - 1))  # the same dropout at every product
                 return linearize(self._model, inputs, self._params, self._output)
 
@@ -172,7 +174,8 @@ class FisherOperator(Operator):
             max_iterations: Most products with the Fisher.
 
         Returns:
-            A record with ``x``, of the kind of b, ``iterations``, ``residual`` and ``converged``.
+            A record with ``x``, of the kind of b and in float32 or wider, ``iterations``, ``residual`` and
+            ``converged``.
 
         Raises:
             ValueError: If γ is zero, b does not fit, or the preconditioner is about other parameters.
@@ -192,5 +195,5 @@ class FisherOperator(Operator):
         x, iterations, residual = conjugate_gradients(
             lambda v: self @ v, flat, lambda r: r if preconditioner is None else preconditioner @ r, tol, max_iterations
         )
-        result = x.to(b.dtype) if isinstance(b, Tensor) else self.unflatten(x)
+        result = x.to(wide(b.dtype)) if isinstance(b, Tensor) else self.unflatten(x)
         return Solution(result, iterations, residual, residual <= tol)

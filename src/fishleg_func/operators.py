@@ -43,7 +43,7 @@ class Operator(ABC):
 
     def _set_kind(self, params: Mapping[str, Tensor]) -> None:
         """Take over dtypes and the device of what the operator is made of."""
-        self._dtypes = {name: params[name].dtype for name in self.names}
+        self._dtypes = {name: torch.promote_types(params[name].dtype, torch.float32) for name in self.names}
         self.dtype = max(self._dtypes.values(), key=lambda d: torch.finfo(d).bits)
         self.device = params[self.names[0]].device
 
@@ -55,7 +55,7 @@ class Operator(ABC):
 
     @abstractmethod
     def _products(self, v: Params) -> Params:
-        """Multiply k directions at once: each entry ``[k, *shape]``, in the dtype of its parameter."""
+        """Multiply k directions at once: each entry ``[k, *shape]``, in float32 or wider."""
 
     @overload
     def __matmul__(self, v: Tensor) -> Tensor: ...
@@ -65,7 +65,7 @@ class Operator(ABC):
     def __matmul__(self, v: Tensor | Params) -> Tensor | Params:
         """Multiply a dict like the parameters, a flat vector ``[P]``, or columns ``[P, k]``.
 
-        Computed in the dtype of the parameters, and returned in that of ``v``.
+        Computed in float32, or wider where a parameter is, and returned in the dtype of ``v``.
 
         Args:
             v: What to multiply.
@@ -88,7 +88,7 @@ class Operator(ABC):
         return rows.mT if v.ndim == 2 else rows.squeeze(0)
 
     def _taken(self, v: Params) -> Params:
-        """Return a direction by name, checked, in the dtypes of the parameters."""
+        """Return a direction by name, checked, in the dtypes that products are computed in."""
         _checks.direction(v, self.shapes, self.device)
         return {name: v[name].detach().to(self._dtypes[name]) for name in self.names}
 
@@ -168,7 +168,7 @@ class Operator(ABC):
         """Return a ``scipy.sparse.linalg.LinearOperator``, which works on numpy arrays; scipy must be installed.
 
         Returns:
-            The operator, with products of vectors and of matrices, in the dtype of the parameters.
+            The operator, with products of vectors and of matrices, in float32 or wider.
         """
         from scipy.sparse.linalg import LinearOperator  # type: ignore[import-untyped,unused-ignore]
 

@@ -148,6 +148,8 @@ def prune(
     :func:`compensation`, which is exact for this Q. What is approximate is the choice: :math:`Q_{ii}` does not know
     what else is removed. With more rounds, fewer are chosen at once, from weights that have made up for those before.
 
+    All is computed in float32, or wider where a parameter is; weights of lower precision are rounded once, at the end.
+
     Args:
         model: The model; its removed weights are zero afterwards, and stay so only where :func:`attach` holds them.
         inverse: The inverse Fisher: learned, :func:`block_inverse`, or :func:`magnitude`.
@@ -310,8 +312,8 @@ def _compensated(
     solution, _, residual = conjugate_gradients(multiply, b, lambda r: r / diagonal, tol, _MAX_ITERATIONS)
     if not math.isfinite(residual):
         raise FloatingPointError(
-            f"the compensation has a residual of {residual}, and must have a finite one; nothing was changed. Convert "
-            "the model with .float(), and estimate the inverse of that"
+            f"the compensation has a residual of {residual}, and must have a finite one; nothing was changed. "
+            "Look for parameters, or entries of the inverse, that are not finite"
         )
     if residual > tol:
         warnings.warn(
