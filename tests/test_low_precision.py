@@ -65,7 +65,7 @@ def test_training_follows_float32_with_state_in_float32(name: str, dtype: torch.
     step, low = ff.fishlegify(model, Categorical()), ff.fishlegify(half, Categorical())
     losses = [(float(step(x, LABELS)), float(low(lowered(x, dtype), LABELS))) for _ in range(30)]
     assert losses[-1][1] < losses[0][1] - 0.1
-    assert all(b == pytest.approx(a, abs=0.05) for a, b in losses)
+    assert all(b == pytest.approx(a, abs=0.1) for a, b in losses)
     state = {k: t.dtype for k, t in low._tensors().items()}
     assert set(state.values()) == {torch.float32, torch.int64}
     assert {p.dtype for p in half.parameters()} == {dtype}
