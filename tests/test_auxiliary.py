@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def check_updates(step: FishLegStep, x: Tensor, y: Tensor, likelihood: str, coun
             momentum=from_packed(step.model, step._momentum), lr=0.0, beta=0.0, weight_decay=0.0, step_norm=None,
             damping=step.hyper.damping.item(), aux_rule=step._options.aux_rule, aux_lr=step.hyper.aux_lr.item(),
             precondition_aux=step._options.precondition_aux, aux_step=number, moments=moments,
-            scale_free=step._options.step_norm == "layer", **options,  # type: ignore[arg-type]
+            scale_free=step._options.step_norm == "layer" and not step._options.precondition_aux, **options,  # type: ignore[arg-type]
         )  # fmt: skip
         moments = out.moments
         assert out.auxiliary_loss is not None
@@ -150,26 +151,6 @@ def test_update_aux_is_the_oracle_for_each_family(
 ) -> None:
     step, x, y = learner("mlp", "categorical", family, rule, precondition_aux=preconditioned, step_norm=step_norm)
     check_updates(step, x, y, "categorical")
-
-
-def scaled(step: FishLegStep, factor: float) -> FishLegStep:
-    for q in step.q.values():
-        q.scale_(factor)
-    return step
-
-
-def test_where_steps_have_a_norm_by_layer_the_scale_of_q_is_not_learned() -> None:
-    before, factor = {}, 50.0
-    for size in (1.0, factor):
-        step, x, y = learner("mlp", "categorical", "kfac", step_norm="layer")
-        old = lam_of(scaled(step, size))
-        step.update_aux(x, y)
-        before[size] = {
-            (name, k): old[name][k].inverse() @ new[k] for name, new in lam_of(step).items() for k in ("L",)
-        }
-    for key, moved in before[1.0].items():
-        assert_close(before[factor][key], moved, 1e-8)  # L is moved by the same relative change
-        assert (moved - torch.eye(len(moved))).abs().max() > 1e-3
 
 
 CROSS = [
@@ -350,7 +331,8 @@ def test_an_exception_in_the_forward_leaves_everything_as_it_was(fisher: str, wh
     trap = Trap()
     model = filled(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), trap, nn.Linear(4, 2)))
     x, y = randn(6, 3), randn(6, 2, seed=1)
-    step = ff.fishlegify(model, LIKELIHOODS["gaussian"], fisher=fisher, aux_batch_size=5, generator=generator(0))
+    options: dict[str, Any] = {"fisher": fisher, "aux_batch_size": 5, "update_aux_every": 10}
+    step = ff.fishlegify(model, LIKELIHOODS["gaussian"], generator=generator(0), **options)
     call = step if whole_step else step.update_aux
     call(x, y)
     call(x, y)  # the first calls look the model over

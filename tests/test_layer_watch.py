@@ -244,3 +244,62 @@ def test_a_layer_multiplies_without_packing(name: str) -> None:
     r = randn(layer.shape[-1], 4, seed=9)
     assert torch.allclose(layer.times(tensors, r), layer.pack(tensors) @ r, atol=1e-12)
     assert torch.allclose(LayerSpec.times(layer, tensors, r), layer.pack(tensors) @ r)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e22, 1e30])
+def test_gradients_beyond_the_range_of_squares_are_taken_as_they_are(scale: float) -> None:
+    model = wide(torch.float32)
+    optimizer = optimizer_of(model, q="diagonal", damping=1e-3, update_aux_every=0)
+    (scale * loss_of(model, 0, torch.float32)).backward()
+    model[0].weight.grad[:24] = 0
+    assert "0" not in factored(optimizer, model)
+
+
+def test_a_gradient_that_cancels_to_rounding_is_taken_as_it_is() -> None:
+    model = wide()
+    optimizer = optimizer_of(model)
+    x, _ = data(0)
+    x[4:] = x[:4]
+    weight = torch.tensor([1.0] * 4 + [-1.0] * 4).double()[:, None] * (1 + 1e-15 * torch.arange(8)[:, None])
+    (model(x) * weight).sum().backward()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    before = parameters(model)
+    factored(optimizer, model)
+    optimizer.step()
+    assert torch.equal(before, parameters(model))
+
+
+def test_nothing_is_kept_once_there_are_too_many_rows() -> None:
+    model = wide()
+    optimizer = optimizer_of(model)
+    batches = [data(i)[0] for i in range(12)]
+    seen = [StorageWeakRef(t.untyped_storage()) for t in batches]
+    while batches:
+        Categorical().nll(model(batches.pop(0)), labels(ROWS)).backward()
+    gc.collect()
+    assert all(ref.expired() for ref in seen[3:]) and factored(optimizer, model) == []
+    optimizer.step()
+    optimizer.zero_grad()
+    loss_of(model, 1).backward()
+    assert factored(optimizer, model) == BLOCKS
+
+
+def test_batched_backward_passes_and_traces_of_others_work() -> None:
+    model = wide()
+    optimizer = optimizer_of(model)
+    x, _ = data(0)
+    jacobian = torch.autograd.functional.jacobian(model, x[:2], vectorize=True)
+    assert jacobian.shape == (2, 3, 2, 40)
+    assert torch.equal(torch.jit.trace(model, x)(x), model(x))
+    loss_of(model, 0).backward()
+    assert factored(optimizer, model) == BLOCKS
+
+
+def test_a_reentrant_checkpoint_is_not_kept() -> None:
+    model = wide()
+    optimizer = optimizer_of(model)
+    x, y = data(0)
+    out = checkpoint(model, x.requires_grad_(), use_reentrant=True)
+    Categorical().nll(out, y).backward()
+    assert factored(optimizer, model) == []

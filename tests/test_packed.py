@@ -197,7 +197,8 @@ CASES = {
 def test_steps(name: str) -> None:
     model, x = CASES[name].model(), CASES[name].inputs()
     y = targets_for(model, x, "gaussian")
-    step = ff.fishlegify(model, LIKELIHOODS["gaussian"], damping=0.05, aux_lr=0.3, generator=generator(0))
+    options: dict[str, Any] = {"damping": 0.05, "update_aux_every": 10, "aux_lr": 0.3, "generator": generator(0)}
+    step = ff.fishlegify(model, LIKELIHOODS["gaussian"], **options)
     randomize_(step)
     check_steps(step, x, y, "gaussian", (LEARN, PLAIN))
 

@@ -241,28 +241,6 @@ def test_surrogate_has_the_gradient_of_the_auxiliary_loss(family: str) -> None:
         torch.testing.assert_close(*slopes)
 
 
-@pytest.mark.parametrize("family", reference.FAMILIES)
-def test_surrogate_without_scale_has_the_gradient_of_the_auxiliary_loss_at_its_best_scale(family: str) -> None:
-    lam, basis = draw(family, 3, 2)
-    leaves = [value.requires_grad_() for value in lam.values()]
-    root, u, q = randn(6, 6, seed=5), randn(6, seed=6), reference.dense_q(family, lam, basis, shape=(3, 2))
-    damped = root @ root.T + 0.1 * torch.eye(6)
-    v = q @ u
-    least = -((u @ v) ** 2) / (v @ damped @ v) / 2  # of A over all multiples of Q
-    best = ((u @ v) / (v @ damped @ v)).detach()
-    actual = reference.surrogate(root @ root.T, 0.1, q, u, False, [torch.arange(6)])
-    slopes = [torch.autograd.grad(value, leaves, retain_graph=True) for value in (best * actual, least)]
-    torch.testing.assert_close(*slopes)
-    assert abs(actual.item()) < 1e-10
-
-
-def test_surrogate_without_scale_moves_nothing_where_no_multiple_is_best() -> None:
-    fisher = torch.tensor([[1.0, -5.0], [-5.0, 26.0]]).double()
-    q, u = torch.eye(2).double().requires_grad_(), torch.tensor([1.0, 1.0]).double()
-    value = reference.surrogate(fisher, 0.0, q, u, False, [torch.tensor([0]), torch.tensor([1])])
-    assert torch.equal(torch.autograd.grad(value, q)[0][0], torch.zeros(2).double())  # (F u)_0 = -4
-
-
 def test_relative_update_caps_each_matrix_and_each_element() -> None:
     eye, large = torch.eye(2), torch.tensor([[0.0, 3.0], [4.0, 0.0]])
     lam = {"L": torch.stack([eye, 2 * eye]), "R": torch.stack([eye, 2 * eye]), "s": torch.zeros(2, 2)}

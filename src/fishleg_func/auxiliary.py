@@ -71,7 +71,7 @@ def probe(
         unit: ``"relative"`` scales u so that :math:`u^\top Qu = 1`, ``"adam"`` so that :math:`\|u\| = 1`.
         preconditioned: Replace w by Qw.
         scale_free: Whether the scale of each Q does not count. Then w is that of A at the best scale of each v, and
-            orthogonal to v; zero where no positive scale is best.
+            orthogonal to v, zero where no positive scale is best; in families whose rule keeps it so.
         outdated: Apply Q through its roots: the operators are not yet those of the basis, but will be when λ moves.
 
     Returns:
@@ -89,7 +89,8 @@ def probe(
     fv = fisher(v)
     quadratics = torch.stack([inner(v[k], fv[k]) + damping[k] * inner(v[k], v[k]) for k in q])
     squares = torch.stack([inner(u[k], v[k]) for k in q])
-    best = squares.clamp(min=0) * inverse_or_zero(quadratics) if scale_free else torch.ones_like(squares)
+    free = squares.new_tensor([scale_free and module.scale_free for module in q.values()])
+    best = torch.where(free > 0, squares.clamp(min=0) * inverse_or_zero(quadratics), 1)
     minus = -(best > 0).to(best.dtype)
     w = {
         k: add(scale(fv[k], c), add(scale(u[k], sign), scale(v[k], c * damping[k])))

@@ -141,7 +141,7 @@ class Curvature:
         return auxiliary.probe(
             self.q, self.operators, u, fisher, self.damping(), unit=options.aux_rule,
             preconditioned=options.precondition_aux, outdated=refreshed,
-            scale_free=options.step_norm == "layer" and options.u != "gaussian",
+            scale_free=options.step_norm == "layer" and options.u != "gaussian" and not options.precondition_aux,
         )  # fmt: skip
 
     def move(self, prepared: Prepared) -> Learned:

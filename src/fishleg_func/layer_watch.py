@@ -15,14 +15,22 @@ from .capture import inert_hook, is_own_run
 from .layers import LayerSpec
 
 _PROBES = 4  # random vectors that must agree: a difference that is orthogonal to one of them is seen by another
-_ROUNDINGS = 8.0  # units of rounding by which the two sums may differ, as a part of the sum of the terms' sizes
+_ROUNDINGS = 8.0  # units of rounding by which the two sums may differ, as a part of the sum of the terms' sizes,
+_LARGEST = 1e-3  # which must be small beside the gradient
 
 
 def is_training_pass() -> bool:
     """Tell whether a call of a module is one of the training loop, of which a backward pass may follow."""
-    if torch.compiler.is_compiling() or is_own_run() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is None  # torch.func leaves no gradients in parameters
+    in_a_transform = torch._C._functorch.peek_interpreter_stack() is not None  # which ends with its tensors
+    return torch.is_grad_enabled() and not is_own_run() and not in_a_transform
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Tell whether a gradient is of a batched backward pass, as for Jacobians: it leaves none in parameters."""
+    in_a_transform = torch._C._functorch.peek_interpreter_stack() is not None
+    return in_a_transform or torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 class LayerWatch:
@@ -57,10 +65,13 @@ class LayerWatch:
             return {}
         numbers = torch.stack([layer.compare(rows, gradients) for layer, rows in found]).tolist()  # waits once
         agreed = {}
-        for (layer, rows), (difference, scaled, factor, bound) in zip(found, numbers, strict=True):
-            if difference <= bound:
+        for (layer, rows), (size, difference, scaled, factor, bound) in zip(found, numbers, strict=True):
+            info = torch.finfo(rows.a.dtype)
+            if not info.tiny**0.5 < bound < info.eps * info.max**0.5:  # squares would leave the range of numbers
+                continue
+            if difference <= bound <= _LARGEST * size:
                 agreed[layer.block.name] = rows
-            elif scaled <= abs(factor) * bound < math.inf:
+            elif scaled <= abs(factor) * bound <= _LARGEST * size:
                 agreed[layer.block.name] = LowRank(rows.d * factor, rows.a)
         return agreed
 
@@ -81,23 +92,24 @@ class _Call:
 
     Args:
         x: What is kept of its input.
-        reached: Where it enters itself once a backward pass has come by.
+        layer: Is told once a backward pass has come by.
 
     Attributes:
         delta: Gradient at the output, the sum over backward passes.
     """
 
-    def __init__(self, x: Tensor, reached: list[_Call]) -> None:
-        self.x, self._reached = x, reached
+    def __init__(self, x: Tensor, layer: _Layer) -> None:
+        self.x, self._layer = x, layer
         self.delta: Tensor | None = None
 
     def take(self, gradient: Tensor) -> None:
         """Note the gradient at the output."""
-        if self.delta is None:
-            self._reached.append(self)
-            self.delta = gradient.detach()
-        else:
+        if is_batched(gradient):
+            return
+        if self.delta is not None:
             self.delta = self.delta + gradient.detach()
+        elif self._layer.reaches(self, gradient.numel()):
+            self.delta = gradient.detach()
 
 
 class _Layer:
@@ -111,6 +123,7 @@ class _Layer:
         self.block = block
         self._r: Tensor | None = None  # random vectors, the same at every step
         self._reached: list[_Call] = []  # others live as long as their graph
+        self._size = 0  # of all outputs that were reached
 
     @property
     def _spec(self) -> LayerSpec:
@@ -119,21 +132,30 @@ class _Layer:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         """Keep the input, until the graph ends or a backward pass has been followed by a step."""
-        if not is_training_pass() or not out.requires_grad or _saves_elsewhere() or not self._worth(out.numel()):
+        if not is_training_pass() or not isinstance(out, Tensor) or not out.requires_grad or _saves_elsewhere():
+            return
+        if not self._worth(self._size + out.numel()):
             return
         x = self._spec.keep(args, kwargs, out)
         if x.dtype == out.dtype == self.block.dtype:  # the rounding of autocast would hide much
-            out.register_hook(_Call(x.detach(), self._reached).take)  # type: ignore[no-untyped-call]
+            out.register_hook(_Call(x.detach(), self).take)  # type: ignore[no-untyped-call]
+
+    def reaches(self, call: _Call, size: int) -> bool:
+        """Take up a call that a backward pass has reached; where that makes too many rows, let go of all."""
+        self._size += size
+        if not self._worth(self._size):
+            self._reached.clear()
+            return False
+        self._reached.append(call)
+        return True
 
     def _worth(self, size: int) -> bool:
         return prefers_rows(self.block.shape, size // math.prod(self.block.shape[:-1]))
 
     def rows(self, gradients: Params) -> LowRank | None:
-        """Return the rows over all calls, or ``None`` where there are none, or too many, or no gradient was left."""
+        """Return the rows over all calls, or ``None`` where there are none (or too many), or no gradient was left."""
         calls, names = [(c.x, c.delta) for c in self._reached if c.delta is not None], self.block.names.values()
-        if not calls or not self._worth(sum(d.numel() for _, d in calls)):
-            return None
-        if any(n not in gradients or gradients[n].dtype != self.block.dtype for n in names):
+        if not calls or any(n not in gradients or gradients[n].dtype != self.block.dtype for n in names):
             return None
         d = torch.cat([self._spec.output_rows(d) for _, d in calls], -2)
         a = torch.cat([self._spec.input_rows(x) for x, _ in calls], -2)
@@ -143,8 +165,8 @@ class _Layer:
         """Compare a gradient with the product of its factors along random vectors.
 
         Returns:
-            Shape ``[4]``: the norm of the difference; the same after a factor before the product; that factor; and the
-            norm that rounding may give the difference.
+            Shape ``[5]``: the norm of the gradient; that of the difference; the same after a factor before the
+            product; that factor; and the norm that rounding may give the difference.
         """
         if self._r is None or self._r.device != rows.a.device:
             generator = torch.Generator().manual_seed(0)
@@ -155,13 +177,14 @@ class _Layer:
         sizes = (torch.linalg.vector_norm(rows.d, dim=-1) * torch.linalg.vector_norm(rows.a, dim=-1)).sum()
         bound = _ROUNDINGS * torch.finfo(rows.a.dtype).eps * math.sqrt(_PROBES) * sizes
         norm = torch.linalg.vector_norm
-        return torch.stack((norm(left - seen), norm(left - factor * seen), factor, bound))
+        return torch.stack((norm(left), norm(left - seen), norm(left - factor * seen), factor, bound))
 
     def forget(self) -> None:
         """Drop the calls that a backward pass has reached."""
         for call in self._reached:
             call.delta = None  # a graph that is kept may bring another gradient
         self._reached.clear()
+        self._size = 0
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         """Become an inert hook in a copy."""
@@ -170,4 +193,5 @@ class _Layer:
 
 def _saves_elsewhere() -> bool:
     """Tell whether what autograd saves is recomputed or moved away, so that to keep it here would be to keep it all."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    recomputed = torch._C._current_graph_task_id() != -1  # in a backward pass: a reentrant checkpoint
+    return recomputed or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

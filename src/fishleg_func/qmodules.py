@@ -52,6 +52,7 @@ class QModule(nn.Module, ABC):
     """
 
     takes_rows = False  # whether gather_ is better served with factors over rows than with a dense gradient
+    scale_free = False  # whether λ can learn the shape of Q alone: its rule moves whole matrices
     keeps_factors = False  # whether Q of a factored matrix is factored, and moves of λ cost less for it
     shape: tuple[int, ...]
     count: Tensor

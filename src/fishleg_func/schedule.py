@@ -35,10 +35,10 @@ def is_due(t: int, every: int) -> bool:
 
 
 def is_refresh(t: int, every: int) -> bool:
-    """Tell whether a curvature step refreshes the bases: at first each, then every second, fourth, and eighth.
+    """Tell whether a curvature step refreshes the bases: steps 0, 1, 2, 4 and 8 of the first ``every``; then fewer.
 
-    From ``every``, ``10 * every`` and ``40 * every`` steps on. Statistics change ever more slowly, and a refresh is the
-    one thing here that costs cubes of the sides.
+    Every second curvature step from ``every`` on, every fourth from ``10 * every`` and every eighth from ``40 * every``
+    on. Statistics change ever more slowly, and a refresh is the one thing here that costs cubes of the sides.
 
     Args:
         t: Steps so far.
@@ -47,5 +47,7 @@ def is_refresh(t: int, every: int) -> bool:
     Returns:
         One arithmetic expression, as in :func:`is_due`.
     """
+    first = every // (t + 1)  # zero from step ``every`` on
     fourth, eighth = t // (10 * every), t // (40 * every)
-    return (t // every) * (t % (2 * every) + fourth * (t % (4 * every)) + eighth * (t % (8 * every))) == 0
+    later = (t // every) * (t % (2 * every) + fourth * (t % (4 * every)) + eighth * (t % (8 * every)))
+    return later + first * (t * (t - 1) * (t - 2) * (t - 4) * (t - 8)) == 0

@@ -101,6 +101,9 @@ class FishLegStep(Engine):
     def update_aux(self, inputs: Inputs, targets: Tensor | None = None) -> Tensor:
         r"""Make one auxiliary update: statistics, bases on a schedule of their own, and λ; the parameters stay.
 
+        With ``step_norm="layer"`` λ learns no scale from gradients; for a Q that is to be the inverse Fisher, and not
+        only to give a direction, take ``step_norm=None`` or ``u="gaussian"``.
+
         Args:
             inputs: What the model is called with.
             targets: Observations, at which ``u="gradient"`` takes the gradient and ``fisher="empirical"`` the scores;

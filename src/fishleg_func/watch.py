@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._types import Call
 from .capture import RandomState, random_state
-from .layer_watch import LayerWatch, is_training_pass
+from .layer_watch import LayerWatch, is_batched, is_training_pass
 
 
 class Pass:
@@ -40,11 +40,13 @@ class Pass:
 
     def touch(self, gradient: Tensor) -> None:
         """Note that a backward pass has reached something that the model returned."""
-        if not self.reached:
+        if not self.reached and not is_batched(gradient):
             self._all_reached.append(self)
 
     def take(self, gradient: Tensor) -> None:
         """Note the gradient at the outputs; where there are several backward passes, their sum."""
+        if is_batched(gradient):
+            return
         self.touch(gradient)
         gradient = gradient.detach()
         self.cotangent = gradient if self.cotangent is None else self.cotangent + gradient
