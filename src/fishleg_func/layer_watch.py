@@ -23,14 +23,17 @@ def is_training_pass() -> bool:
     """Tell whether a call of a module is one of the training loop, of which a backward pass may follow."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
-    in_a_transform = torch._C._functorch.peek_interpreter_stack() is not None  # which ends with its tensors
-    return torch.is_grad_enabled() and not is_own_run() and not in_a_transform
+    return torch.is_grad_enabled() and not is_own_run() and not _in_a_transform()
 
 
 def is_batched(gradient: Tensor) -> bool:
     """Tell whether a gradient is of a batched backward pass, as for Jacobians: it leaves none in parameters."""
-    in_a_transform = torch._C._functorch.peek_interpreter_stack() is not None
-    return in_a_transform or torch._C._functorch.is_legacy_batchedtensor(gradient)
+    return _in_a_transform() or torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
+def _in_a_transform() -> bool:
+    """Tell whether torch.func is at work, whose tensors end with it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class LayerWatch:

@@ -71,11 +71,15 @@ class Matrix(Layout):
         self.shape = self._stacked if groups > 1 else self._stacked[1:]
 
     def pack(self, tensors: Params) -> Tensor:
-        u, *bias = (tensors[name].reshape(*self._stacked[:2], -1) for name in self.names)  # "(g o) ... -> g o (...)"
+        u, *bias = self._parts(tensors)
         return torch.cat((u, *bias), -1).view(self.shape) if bias else u.reshape(self.shape)
 
+    def _parts(self, tensors: Params) -> list[Tensor]:
+        """Return weight and bias as columns: "(g o) ... -> g o (...)"."""
+        return [tensors[name].reshape(*self._stacked[:2], -1) for name in self.names]
+
     def times(self, tensors: Params, r: Tensor) -> Tensor:
-        u, *bias = (tensors[name].reshape(*self._stacked[:2], -1) for name in self.names)
+        u, *bias = self._parts(tensors)
         product = u @ r[: u.shape[-1]]
         return (product + bias[0] * r[-1] if bias else product).view(*self.shape[:-1], -1)
 
