@@ -156,9 +156,13 @@ def blocks_of(step: FishLegStep, lam: Mapping[str, Mapping[str, Tensor]] | None 
     blocks, lam = {}, lam or lam_of(step)
     for name, q in step.q.items():
         family = FAMILIES[type(q).__name__]
-        basis = {k: b.clone() for k, b in q.named_buffers() if k in reference.FAMILIES[family][1]}
-        blocks[name] = Block(family, lam[name], basis)
+        blocks[name] = Block(family, lam[name], basis_of(q, family))
     return blocks
+
+
+def basis_of(q: nn.Module, family: str) -> dict[str, Tensor]:
+    """Copy the basis, under the oracle's names."""
+    return {k: getattr(q, k).clone() for k in sorted(reference.FAMILIES[family][1])}
 
 
 def dense_q(step: FishLegStep) -> Tensor:
@@ -184,6 +188,8 @@ def randomize_q_(q: nn.Module, seed: int = 0, size: float = 0.2) -> None:
     for j, (key, t) in enumerate((*q.named_parameters(), *q.named_buffers())):
         if key in ("L", "R", "s", "C_L", "C_R"):
             t.add_(size * randn(*t.shape, seed=seed + j).to(t))
+        elif key in ("pair_L", "pair_R"):
+            t[..., :-1, :].add_(size * randn(*t.shape, seed=seed + j)[..., :-1, :].triu().to(t))
         elif key == "c":
             t.mul_(1 + 2 * size * torch.rand(t.shape, generator=generator(seed + j)).to(t))
         if key.startswith("C") and type(q).__name__ == "Eigen":

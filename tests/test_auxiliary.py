@@ -13,6 +13,7 @@ from cases import (
     SIGMA,
     assert_close,
     assert_same,
+    basis_of,
     blocks_of,
     dense_q,
     filled,
@@ -57,7 +58,7 @@ def check_gradients(
         w = ff.LowRank(packed(shape, rows, seed + 4).d, u.a)
     u_given, w_given = u.dense() if dense_u else u, w.dense() if partner == "dense" else w
     lam = {k: p.detach().clone().requires_grad_() for k, p in q.named_parameters()}
-    basis = {k: b for k, b in q.named_buffers() if k in reference.FAMILIES[family][1]}
+    basis = basis_of(q, family)
     value = w.dense().reshape(-1) @ reference.dense_q(family, lam, basis, shape=shape) @ u.dense().reshape(-1)
     slopes = dict(zip(lam, torch.autograd.grad(value, list(lam.values())), strict=True))
     relative = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fishleg_func import LowRank
 from fishleg_func._trees import dense
-from fishleg_func.bases import whitening_root
+from fishleg_func.covariances import whitening_root
 from fishleg_func.families import FAMILIES
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import basis_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -48,8 +49,9 @@ class Case:
 
 def oracle(case: Case, lam: dict[str, Tensor] | None = None) -> Tensor:
     """The dense definition of a family, ``[P, P]`` in float64: what a new family has to add."""
-    basis = {key: b for key, b in case.q.named_buffers() if key in reference.FAMILIES[case.name][1]}
-    return reference.dense_q(case.name, case.lam if lam is None else lam, basis, shape=case.q.shape)
+    return reference.dense_q(
+        case.name, case.lam if lam is None else lam, basis_of(case.q, case.name), shape=case.q.shape
+    )
 
 
 def close(actual: Tensor | LowRank, expected: Tensor, case: Case) -> None:

@@ -24,7 +24,7 @@ def product_flops(_: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], **
 
 @pytest.fixture
 def small_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_linalg, "_LEAF", 3)
+    monkeypatch.setattr(_linalg, "LEAF", 3)
 
 
 @pytest.mark.usefixtures("small_leaves")
@@ -159,8 +159,8 @@ def test_statistics_of_many_rows_are_estimated_without_bias(layer: str) -> None:
     a = spec.input_rows(x.double())
     d = spec.output_rows(batch._lin.pullback(torch.ones_like(batch._lin.outputs) / 200**0.5)[0]["(root)"][0])
     q.gather_(z)  # signs of each element are all that is random: with one, the diagonals are exact
-    assert_close(q.get_buffer("cov_L"), a.mT @ a / len(a), 0.35)
-    assert_close(q.get_buffer("cov_R").diagonal(), (d.mT @ d).diagonal(), 1e-8)
+    assert_close(q.cov_L, a.mT @ a / len(a), 0.35)
+    assert_close(q.cov_R.diagonal(), (d.mT @ d).diagonal(), 1e-8)
 
 
 @pytest.mark.parametrize("family", ["eigen", "scaled_kronecker", "diagonal"])
@@ -181,7 +181,8 @@ def test_opaque_operators_are_what_torch_takes_them_for(shape: tuple[int, ...], 
     given: dict[str, tuple[object, ...]] = {
         "_square": ([b, a],),
         "_move_": (a.clone(), b, b.clone(), [a], x, y, torch.tensor(0.2), allowed),
-        "_average_product_": (a.clone(), x, y, torch.tensor(0.1), allowed),
+        "average_product_": (a.clone(), x, y, torch.tensor(0.1), allowed),
+        "_average_triangle_": (torch.randn(*shape[:-2], 7, 6), x, y, torch.tensor(0.1), allowed),
         "whitening_root": (a @ a.mT, torch.ones(shape[:-2]), a.clone()),
     }
     for name, arguments in given.items():

@@ -12,10 +12,10 @@ MAX_LINES = 400
 FOLDERS = ("src", "tests", "examples")
 
 LAYERS = (  # a module imports from its own layer, without cycles, and from those before it
-    {"_types", "_opaque", "_trees", "_checks", "_noise", "_linalg", "_sides", "schedule", "checkpoints"},
+    {"_types", "_opaque", "_trees", "_checks", "_noise", "_linalg", "_sides", "_triangles", "schedule", "checkpoints"},
     {"_recompute", "_autocast", "_widened", "logs"},
     {"_likelihood", "_elementwise", "_categorical", "_agreement", "likelihoods", "original_likelihoods", "_resolve"},
-    {"qmodules", "kronecker", "bases", "families"},
+    {"qmodules", "kronecker", "covariances", "bases", "families"},
     {"layers", "convolutions", "packed", "registry", "kernels", "pushforward", "capture", "blocks", "fisher"},
     {"auxiliary", "transform"},
     {"diagnostics", "batch", "operators", "conjugate", "inverse", "fisher_operator"},

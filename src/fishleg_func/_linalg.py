@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LEAF = 256  # sizes from which halving saves more than the smaller products lose
+LEAF = 256  # sizes from which halving saves more than the smaller products lose
 
 
 def inverse_lower(a: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def inverse_lower(a: Tensor) -> Tensor:
         a: Shape ``[..., n, n]``.
     """
     n = a.shape[-1]
-    if n <= _LEAF:
+    if n <= LEAF:
         eye = torch.eye(n, dtype=a.dtype, device=a.device).expand_as(a)
         inverse: Tensor = torch.linalg.solve_triangular(a, eye, upper=False)
         return inverse
@@ -37,7 +37,7 @@ def outer_square(a: Tensor) -> Tensor:
         a: Shape ``[..., n, k]``.
     """
     n = a.shape[-2]
-    if n <= _LEAF:
+    if n <= LEAF:
         return a @ a.mT
     h = n // 2
     result = a.new_empty(*a.shape[:-1], n)

@@ -101,7 +101,7 @@ def average_(target: Tensor, new: Packed, weight: Tensor, ok: Tensor | None) -> 
     A factored ``new`` is multiplied out into the target, without a temporary of its size.
     """
     if isinstance(new, LowRank):
-        average = average_product_ if min(target.shape[-2:]) >= LONG else _average_product_
+        average = opaque_average_product_ if min(target.shape[-2:]) >= LONG else average_product_
         average(target, new.d, new.a, weight, ok)
     elif ok is None:
         target.lerp_(new, weight)
@@ -109,7 +109,8 @@ def average_(target: Tensor, new: Packed, weight: Tensor, ok: Tensor | None) -> 
         assign_(target, torch.lerp(target, new, weight), ok)
 
 
-def _average_product_(target: Tensor, d: Tensor, a: Tensor, weight: Tensor, ok: Tensor | None) -> None:
+def average_product_(target: Tensor, d: Tensor, a: Tensor, weight: Tensor, ok: Tensor | None) -> None:
+    """Move ``target`` towards the matrix product ``d.mT @ a`` by the fraction ``weight``, as :func:`average_` does."""
     if refused(ok):
         return
     ok = unless_granted(ok)
@@ -121,11 +122,11 @@ def _average_product_(target: Tensor, d: Tensor, a: Tensor, weight: Tensor, ok: 
         assign_(target, torch.lerp(target, d.mT @ a, weight), ok)
 
 
-average_product_ = opaque(
+opaque_average_product_ = opaque(
     "(Tensor(a!) target, Tensor d, Tensor a, Tensor weight, Tensor? ok) -> ()",
     mutates=("target",),
     result=lambda target, d, a, weight, ok: None,
-)(_average_product_)
+)(average_product_)
 
 
 def descend_(target: Tensor, keep: Tensor, direction: Tensor, rate: Tensor, ok: Tensor | None) -> None:

@@ -7,95 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-from ._linalg import inverse_lower
-from ._opaque import opaque
 from ._sides import Chain, Side
 from ._trees import assign_, dense
-from ._types import LowRank, Packed
+from ._triangles import average_symmetric_, pair_of, symmetric_of, upper_of, write_upper_
+from ._types import Packed
+from .covariances import factored_damping, kronecker_statistics, like_blocks, whitening_root
 from .kronecker import Kronecker
 from .qmodules import Carry, Gradients, QModule, Roots, exp_root
 
 __all__ = ["KFAC", "Diagonal", "Eigen", "Embedding"]
-
-
-def kronecker_statistics(z: Packed, left: Side, right: Side) -> dict[str, Packed]:
-    r"""Return ``cov_L`` and ``cov_R`` with :math:`F \approx cov_R \otimes cov_L`, from one random gradient z.
-
-    With rows (z = dᵀa) these are K-FAC's :math:`E[aa^\top]`, over rows with a gradient, and
-    :math:`\sum_\text{rows} dd^\top`. A dense z gives :math:`Z^\top Z / t` and :math:`ZZ^\top / t` with
-    :math:`t = \|Z\|_F`: exact in expectation, up to the scale t, where F is a Kronecker product.
-
-    Args:
-        z: A draw with :math:`E[zz^\top] = F`.
-        left: The n-sided factor.
-        right: The m-sided factor.
-    """
-    if isinstance(z, LowRank):
-        counts = (z.d != 0).any(-1, keepdim=True).to(z.a.dtype)  # a row without gradient (masked, padded) is none
-        total = counts.sum((-2, -1), keepdim=True).clamp(min=1)
-        a, d = left.split(z.a), right.split(z.d)
-        return {"cov_L": LowRank(left.split(z.a * (counts / total)), a), "cov_R": LowRank(d, d)}
-    norm = torch.linalg.matrix_norm(z, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
-    cov_l, cov_r = left.gram(z, z), right.gram(z.mT, z.mT)
-    return {"cov_L": cov_l / _like_blocks(norm, cov_l), "cov_R": cov_r / _like_blocks(norm, cov_r)}
-
-
-def _like_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """Give ``x`` ``[*groups, 1, 1]`` the block axis of ``blocks``."""
-    return x.unsqueeze(-3) if blocks.ndim > x.ndim else x
-
-
-def _trace(cov: Tensor, groups: int) -> Tensor:
-    """Return the trace over blocks, one for each group: ``[*groups]``."""
-    diagonal = cov.diagonal(dim1=-2, dim2=-1)
-    return diagonal.flatten(groups).sum(-1)
-
-
-def factored_damping(
-    cov_l: Tensor, cov_r: Tensor, m: int, n: int, groups: int, damping: Tensor
-) -> tuple[Tensor, Tensor]:
-    r"""Split γ between the sides: :math:`\rho_L = \pi\sqrt\gamma`, :math:`\rho_R = \sqrt\gamma/\pi`.
-
-    π is the root of the ratio of the mean traces. Each is kept above what float arithmetic needs for a Cholesky
-    factorization of its side.
-
-    Args:
-        cov_l: Statistics of the n side.
-        cov_r: Statistics of the m side.
-        m: Length of the m side.
-        n: Length of the n side.
-        groups: Number of leading group axes.
-        damping: γ, 0-d.
-
-    Returns:
-        The two damping terms, one for each group: ``[*groups]``.
-
-    References:
-        Martens & Grosse (2015), "Optimizing neural networks with Kronecker-factored approximate curvature", section
-        6.3.
-    """
-    info = torch.finfo(cov_l.dtype)
-    trace_l, trace_r = _trace(cov_l, groups), _trace(cov_r, groups)
-    pi = ((trace_l / n).clamp(min=info.tiny**0.5) / (trace_r / m).clamp(min=info.tiny**0.5)).sqrt()
-    root = damping.sqrt()
-    return torch.maximum(root * pi, 8 * info.eps * trace_l), torch.maximum(root / pi, 8 * info.eps * trace_r)
-
-
-@opaque("(Tensor cov, Tensor rho, Tensor previous) -> Tensor", result=lambda cov, rho, previous: torch.empty_like(cov))
-def whitening_root(cov: Tensor, rho: Tensor, previous: Tensor) -> Tensor:
-    r"""Return the upper triangular C with :math:`CC^\top = (cov + \rho I)^{-1}`.
-
-    Args:
-        cov: Positive semi-definite, ``[..., n, n]``.
-        rho: Damping, ``[*groups]``.
-        previous: The basis to keep where the factorization fails.
-    """
-    rho = rho.reshape(rho.shape + (1,) * (cov.ndim - rho.ndim))
-    eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
-    lower, info = torch.linalg.cholesky_ex(cov + rho * eye)
-    root = inverse_lower(lower).mT
-    good = (info == 0)[..., None, None] & root.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    return torch.where(good, root, previous).contiguous()
 
 
 class Diagonal(QModule):
@@ -126,7 +46,7 @@ class Diagonal(QModule):
     def _setup(self) -> None:
         self._parameter("s", self._ones(*self.shape).log())
         self.register_buffer("c", self._ones(*self.shape))
-        self._statistic("second", self.shape)
+        self._statistic("second", self._zeros(*self.shape))
 
     def roots(self) -> Roots:
         return (self.c * exp_root(self.s),)
@@ -170,7 +90,8 @@ class KFAC(Kronecker):
     Parameters: ``L``, ``R`` as in :class:`~fishleg_func.families.Kronecker`. Basis: ``C_L``, ``C_R``, inverse Cholesky
     factors of the damped statistics ``cov_L`` :math:`= E[aa^\top]` and ``cov_R`` :math:`= E[\delta\delta^\top]`;
     the identity before the first refresh. With λ at the identity this is K-FAC; the auxiliary loss learns
-    what K-FAC gets wrong.
+    what K-FAC gets wrong. Each C and cov share a buffer, ``pair_L`` and ``pair_R``, since one is triangular and the
+    other symmetric.
 
     Args:
         shape: ``(m, n)`` or ``(groups, m, n)``.
@@ -188,28 +109,46 @@ class KFAC(Kronecker):
     """
 
     takes_rows = True
-    C_L: Tensor
-    C_R: Tensor
-    cov_L: Tensor
-    cov_R: Tensor
+    pair_L: Tensor
+    pair_R: Tensor
 
     def _setup(self) -> None:
         super()._setup()
-        self.register_buffer("C_L", self.L.detach().clone())
-        self.register_buffer("C_R", self.R.detach().clone())
-        self._statistic("cov_L", tuple(self.L.shape))
-        self._statistic("cov_R", tuple(self.R.shape))
+        self._statistic("pair_L", pair_of(self.L.detach()))
+        self._statistic("pair_R", pair_of(self.R.detach()))
+
+    @property
+    def C_L(self) -> Tensor:
+        """The upper triangular basis of the n side, in the shape of L; a copy, as are the next three."""
+        return upper_of(self.pair_L)
+
+    @property
+    def C_R(self) -> Tensor:
+        """The upper triangular basis of the m side, in the shape of R."""
+        return upper_of(self.pair_R)
+
+    @property
+    def cov_L(self) -> Tensor:
+        """The running mean that C_L comes from."""
+        return symmetric_of(self.pair_L)
+
+    @property
+    def cov_R(self) -> Tensor:
+        """The running mean that C_R comes from."""
+        return symmetric_of(self.pair_R)
 
     def chains(self) -> tuple[Chain, Chain]:
         return (self.C_L, self.L), (self.C_R, self.R.mT)
 
     def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
-        self._average_(kronecker_statistics(z, self.left, self.right), ok)
+        cov_l, cov_r = kronecker_statistics(z, self.left, self.right)
+        self._average_({"pair_L": cov_l, "pair_R": cov_r}, ok, average_symmetric_)
 
     def refresh_(self, damping: Tensor, ok: Tensor | None = None) -> None:
-        rho_l, rho_r = factored_damping(self.cov_L, self.cov_R, self.m, self.n, len(self.groups), damping)
-        assign_(self.C_L, whitening_root(self.cov_L, rho_l, self.C_L), ok)
-        assign_(self.C_R, whitening_root(self.cov_R, rho_r, self.C_R), ok)
+        cov_l, cov_r = self.cov_L, self.cov_R
+        rho_l, rho_r = factored_damping(cov_l, cov_r, self.m, self.n, len(self.groups), damping)
+        write_upper_(self.pair_L, whitening_root(cov_l, rho_l, self.C_L), ok)
+        write_upper_(self.pair_R, whitening_root(cov_r, rho_r, self.C_R), ok)
 
 
 class Eigen(QModule):
@@ -252,8 +191,8 @@ class Eigen(QModule):
         self.register_buffer("c", self._ones(*self.shape))
         self.register_buffer("C_L", self._eye(self.left))
         self.register_buffer("C_R", self._eye(self.right))
-        self._statistic("cov_L", tuple(self.C_L.shape))
-        self._statistic("cov_R", tuple(self.C_R.shape))
+        self._statistic("cov_L", torch.zeros_like(self.C_L))
+        self._statistic("cov_R", torch.zeros_like(self.C_R))
 
     def roots(self) -> Roots:
         return self.C_L, self.C_R, self.c * exp_root(self.s)
@@ -290,7 +229,8 @@ class Eigen(QModule):
         return 2 * self.roots()[2].log().sum()  # the basis is orthogonal
 
     def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
-        self._average_(kronecker_statistics(z, self.left, self.right), ok)
+        cov_l, cov_r = kronecker_statistics(z, self.left, self.right)
+        self._average_({"cov_L": cov_l, "cov_R": cov_r}, ok)
 
     def refresh_(self, damping: Tensor, ok: Tensor | None = None) -> None:
         mu_l, vectors_l = torch.linalg.eigh(self.cov_L)
@@ -336,8 +276,8 @@ class Embedding(QModule):
         self._parameter("s", self._ones(*self.groups, self.m).log())
         self.register_buffer("c", self._ones(*self.groups, self.m))
         self.register_buffer("C_L", self.L.detach().clone())
-        self._statistic("second", (*self.groups, self.m))
-        self._statistic("cov_L", tuple(self.L.shape))
+        self._statistic("second", self._zeros(*self.groups, self.m))
+        self._statistic("cov_L", torch.zeros_like(self.C_L))
 
     def roots(self) -> Roots:
         return self.C_L, self.L, (self.c * exp_root(self.s)).unsqueeze(-1)
@@ -381,7 +321,7 @@ class Embedding(QModule):
         z = dense(z)
         norm = torch.linalg.matrix_norm(z).clamp(min=torch.finfo(z.dtype).tiny)
         gram = self.left.gram(z, z)
-        scaled = gram / _like_blocks(norm[..., None, None], gram)
+        scaled = gram / like_blocks(norm[..., None, None], gram)
         self._average_({"second": z.square().sum(-1) / norm.unsqueeze(-1), "cov_L": scaled}, ok)
 
     def refresh_(self, damping: Tensor, ok: Tensor | None = None) -> None:

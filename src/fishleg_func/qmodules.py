@@ -29,6 +29,7 @@ __all__ = ["Dense", "QModule"]
 Roots = tuple[Tensor, ...]
 Gradients = dict[str, Tensor | Symmetrized]
 Carry = Callable[[Tensor], Tensor]
+Average = Callable[[Tensor, Packed, Tensor, Tensor | None], None]
 
 _S_LIMIT = 30.0  # |s| at which a log-root saturates: e^{±60} in Q is still far inside of float32
 _STATISTICS_RATE = 0.05  # least weight of the newest batch in the running statistics
@@ -90,6 +91,9 @@ class QModule(nn.Module, ABC):
 
     def _ones(self, *shape: int) -> Tensor:
         return torch.ones(shape, dtype=self._dtype, device=self._device)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
     @abstractmethod
     def roots(self) -> Roots:
@@ -275,13 +279,13 @@ class QModule(nn.Module, ABC):
         """Whether the family has a basis to refresh."""
         return "count" in self._buffers
 
-    def _statistic(self, name: str, shape: tuple[int, ...]) -> None:
-        self.register_buffer(name, torch.zeros(shape, dtype=self._dtype, device=self._device))
+    def _statistic(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value)
         if not self.has_basis:
             # an integer: torch 2.13 compiles lose writes to 0-d float64 tensors
             self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=self._device))
 
-    def _average_(self, new: Mapping[str, Packed], ok: Tensor | None) -> None:
+    def _average_(self, new: Mapping[str, Packed], ok: Tensor | None, average_: Average = average_) -> None:
         """Move the running means towards ``new``: a plain mean at first, exponential later."""
         assign_(self.count, self.count + 1, ok)
         for name, value in new.items():
