@@ -228,7 +228,7 @@ def snapshot(model: nn.Module, step: FishLegStep | None = None) -> dict[str, Any
         state["q"] = {k: {n: t.clone() for n, t in q.state_dict().items()} for k, q in step.q.items()}
         state["step"] = [
             t.clone()
-            for t in tensors_in([step._momentum, step._direction, step._curvature.operators, step._noise.counter])
+            for t in tensors_in([step._averages.m, step._direction, step._curvature.operators, step._noise.counter])
         ]
         state["hyper"] = {k: t.clone() for k, t in vars(step.hyper).items()}
     return state

@@ -129,7 +129,8 @@ def check_updates(step: FishLegStep, x: Tensor, y: Tensor, likelihood: str, coun
         value = step.update_aux(x, y)
         out = reference.training_step(
             step.model, x, y, likelihood, blocks_of(step, old), sigma=SIGMA, learn=True,
-            momentum=from_packed(step.model, step._momentum), lr=0.0, beta=0.0, weight_decay=0.0, step_norm=None,
+            momentum=from_packed(step.model, step._averages.momentum()),
+            lr=0.0, beta=0.0, weight_decay=0.0, step_norm=None,
             damping=step.hyper.damping.item(), aux_rule=step._options.aux_rule, aux_lr=step.hyper.aux_lr.item(),
             precondition_aux=step._options.precondition_aux, aux_step=number, moments=moments,
             scale_free=step._options.step_norm == "layer" and not step._options.precondition_aux, **options,  # type: ignore[arg-type]
@@ -202,7 +203,7 @@ def test_update_aux_with_the_empirical_fisher_and_other_probes() -> None:
     check_updates(step, x, y, "categorical", count=2, curvature=S)
     step, x, y = learner("mlp", "gaussian", "kronecker", u="gaussian")
     noise = step._noise.fork(3)
-    u = from_packed(step.model, {k: noise.normal(m, i) for i, (k, m) in enumerate(step._momentum.items())})
+    u = from_packed(step.model, {k: noise.normal(m, i) for i, (k, m) in enumerate(step._averages.momentum().items())})
     check_updates(step, x, y, "gaussian", count=1, probe=u)
 
 

@@ -115,7 +115,7 @@ def test_a_use_that_a_flag_or_a_mode_brings_is_found(switch: str) -> None:
     loss = nn.functional.cross_entropy(step.model(X, n), Y)
     truth = torch.autograd.grad(loss, step.model.layer.weight)[0]
     step((X, n), Y)
-    torch.testing.assert_close(step._momentum["layer"][:, :-1], truth, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(step._averages.momentum()["layer"][:, :-1], truth, rtol=1e-4, atol=1e-6)
 
 
 def test_masked_rows_do_not_dilute_the_statistics() -> None:

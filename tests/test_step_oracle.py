@@ -67,7 +67,7 @@ def check_steps(
     for number, kind in enumerate(kinds):
         step._t, learn = kind, kind != PLAIN
         twin, lam, theta = copy.deepcopy(model), lam_of(step), reference.flat_parameters(model)
-        m = from_packed(model, step._momentum if before_q else step._direction)
+        m = from_packed(model, step._averages.momentum() if before_q else step._direction)
         given = {
             "curvature": curvature(twin) if curvature and learn else None,
             "probe": probe(step) if probe and learn else None,
@@ -88,7 +88,7 @@ def check_steps(
         assert_close(reference.flat_parameters(model) - theta, out.theta - theta, 1e-8, f"{where}: update of θ")
         assert_close(from_packed(model, step._direction), out.direction, 1e-8, f"{where}: p")
         if before_q:
-            assert_close(from_packed(model, step._momentum), out.momentum, 1e-8, f"{where}: m")
+            assert_close(from_packed(model, step._averages.momentum()), out.momentum, 1e-8, f"{where}: m")
         now, moved = lam_of(step), False
         for name, k in [(block, key) for block, of in now.items() for key in of]:
             change, expected = now[name][k] - lam[name][k], out.blocks[name].lam[k] - lam[name][k]
@@ -218,7 +218,7 @@ def test_steps_that_probe_with_the_momentum() -> None:
     def momentum(step: FishLegStep) -> Tensor:
         twin = copy.deepcopy(step.model)
         g = torch.autograd.grad(LIKELIHOODS["gaussian"].nll(twin(x), y), list(twin.parameters()))
-        return 0.9 * from_packed(twin, step._momentum) + 0.1 * torch.cat([t.reshape(-1) for t in g])
+        return 0.9 * from_packed(twin, step._averages.momentum()) + 0.1 * torch.cat([t.reshape(-1) for t in g])
 
     step._t = PLAIN
     step(CASES["mlp"].inputs(seed=8), y)  # so that the momentum is not along the gradient
@@ -229,7 +229,7 @@ def test_steps_that_probe_at_random() -> None:
     step, x, y = stepper("cnn", "gaussian", u="gaussian")
 
     def drawn(step: FishLegStep) -> Tensor:
-        draws = {k: step._noise.fork(3).normal(m, i) for i, (k, m) in enumerate(step._momentum.items())}
+        draws = {k: step._noise.fork(3).normal(m, i) for i, (k, m) in enumerate(step._averages.momentum().items())}
         return from_packed(step.model, draws)
 
     first = drawn(step)
@@ -317,16 +317,15 @@ def test_the_momentum_pair(family: str) -> None:
     for kind in (LEARN, PLAIN, PLAIN, REFRESH, PLAIN):
         step._t = kind
         step(x, y)
-        for name, m in step._momentum.items():
+        for name, m in step._averages.momentum().items():
             if kind == PLAIN:
                 assert_close(step._direction[name], step._curvature.apply(name, m), 1e-12, name)
             else:
                 assert torch.equal(step._direction[name], step._curvature.apply(name, m)), name
     step.update_aux(x, y)
-    assert all(torch.equal(step._direction[k], step._curvature.apply(k, m)) for k, m in step._momentum.items())
-    assert_close(
-        from_packed(step.model, step._direction), dense_q(step) @ from_packed(step.model, step._momentum), 1e-10
-    )
+    momentum = step._averages.momentum()
+    assert all(torch.equal(step._direction[k], step._curvature.apply(k, m)) for k, m in momentum.items())
+    assert_close(from_packed(step.model, step._direction), dense_q(step) @ from_packed(step.model, momentum), 1e-10)
 
 
 @pytest.mark.parametrize("case", ["mlp", "cnn", "embedding"])
@@ -337,7 +336,7 @@ def test_accuracy_is_the_dense_residual_on_the_same_probes(case: str) -> None:
     model, n, layout = step.model, 3, reference.block_indices(step.model)
     F, q = reference.fisher(model, x, "gaussian", sigma=SIGMA), dense_q(step)
     salts = iter(range(n * len(step.q)))
-    probes = [{k: step._meter.fork(3).normal(m, next(salts)) for k, m in step._momentum.items()} for _ in range(n)]
+    probes = [{k: step._meter.fork(3).normal(p, next(salts)) for k, p in step._direction.items()} for _ in range(n)]
     us = [from_packed(model, p) for p in probes]
     residuals = [(F + 0.05 * torch.eye(len(F))) @ q @ u - u for u in us]
     before = snapshot(model)

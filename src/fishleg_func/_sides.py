@@ -69,6 +69,10 @@ class Side(NamedTuple):
         """Multiply the first axis of ``x``, shape ``[..., dim, columns]``, by ``matrix`` from the left."""
         return matrix @ x if self.blocks == 1 else self.mul(x.mT, matrix.mT).mT
 
+    def solve(self, x: Tensor, operator: Tensor) -> Tensor:
+        """Return x K⁻¹ for rows ``[..., rows, dim]``, up to rounding; K from :meth:`operator`."""
+        return self.merge((times_inverse if self.size >= LONG else _times_inverse)(self.split(x), operator))
+
     def gram(self, x: Tensor, y: Tensor) -> Tensor:
         r"""Return the diagonal blocks of :math:`x^\top y`, summed over rows, in the shape of :meth:`eye`."""
         return self.split(x).mT @ self.split(y)
@@ -172,6 +176,25 @@ class Side(NamedTuple):
 def _prefers_factors(rows: int, size: int) -> bool:
     """Tell whether moving L and K along a gradient of so many rows takes fewer FLOPs factored than dense."""
     return 7 * rows * size + 4 * rows * rows < 3 * size * size
+
+
+def _times_inverse(x: Tensor, matrix: Tensor) -> Tensor:
+    r"""Return :math:`x (K + \epsilon I)^{-1}` with ε of the size of K's rounding, zero where K is not definite so.
+
+    Args:
+        x: Rows, ``[..., rows, n]``.
+        matrix: K, positive definite up to rounding and to padded coordinates, which are zero: ``[..., n, n]``.
+    """
+    info = torch.finfo(matrix.dtype)
+    floor = 4 * info.eps * torch.linalg.matrix_norm(matrix, keepdim=True) + info.tiny
+    lower, failed = torch.linalg.cholesky_ex(matrix + floor * torch.eye(matrix.shape[-1]).to(matrix))
+    result = torch.cholesky_solve(x.mT, lower).mT
+    return torch.where(failed[..., None, None] == 0, result, 0).contiguous()
+
+
+times_inverse = opaque("(Tensor x, Tensor matrix) -> Tensor", result=lambda x, matrix: x.new_empty(x.shape))(
+    _times_inverse
+)
 
 
 def _square(chain: Chain) -> Tensor:

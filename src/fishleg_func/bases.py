@@ -109,6 +109,7 @@ class KFAC(Kronecker):
     """
 
     takes_rows = True
+    inverts = True
     pair_L: Tensor
     pair_R: Tensor
 
@@ -139,6 +140,10 @@ class KFAC(Kronecker):
 
     def chains(self) -> tuple[Chain, Chain]:
         return (self.C_L, self.L), (self.C_R, self.R.mT)
+
+    def unact(self, operator: Roots, v: Tensor) -> Tensor:
+        K_L, K_R = operator
+        return self.right.solve(self.left.solve(v, K_L).mT, K_R).mT
 
     def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
         cov_l, cov_r = kronecker_statistics(z, self.left, self.right)

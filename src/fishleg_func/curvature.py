@@ -95,6 +95,10 @@ class Curvature:
         """Return Q u for one block."""
         return self.q[name].act(self.operators[name], u)
 
+    def unapply(self, name: str, v: Tensor) -> Tensor:
+        """Return Q⁻¹ v for one block, whose family has ``inverts``."""
+        return self.q[name].unact(self.operators[name], v)
+
     def prepare(
         self,
         batch: Batch,
@@ -199,13 +203,11 @@ class Curvature:
         if not torch.compiler.is_compiling():
             self._versions = self._tensor_versions()
 
-    def sync(self) -> list[str]:
-        """Take up what was written into ``q`` from outside, and return the blocks where something was; eager only."""
+    def changed(self) -> list[str]:
+        """Return the blocks where something was written into ``q`` from outside; eager only."""
         now = self._tensor_versions()
         touched = [name for name in now if now[name] != self._versions[name]]  # compiled steps do not take note
-        changed = [name for name in touched if self._outdated(name)]
-        self.renew(changed)
-        return changed
+        return [name for name in touched if self._outdated(name)]
 
     def _outdated(self, name: str) -> bool:
         """Tell whether an operator is not that of λ and the basis, beyond rounding."""

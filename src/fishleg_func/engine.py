@@ -52,8 +52,9 @@ class Engine:
         self._groups = Groups([hyper], {b.name: 0 for b in blocks}, {n: 0 for b in blocks for n in b.names.values()})
         self._curvature = Curvature(runner.plan.q, rule, self._groups, options)
         self.q, self.skipped = self._curvature.q, self._curvature.skipped
-        self._averages = Momentum(self._curvature, options.momentum)
-        self._direction, self._momentum = self._averages.p, self._averages.m
+        paired = not self._moves_rarely or options.u == "momentum" or options.step_norm == "kl"
+        self._averages = Momentum(self._curvature, options.momentum, paired=paired)
+        self._direction = self._averages.p
         self._lengths = hyper.lr.new_full((3, len(self.q)), torch.nan)  # of the last step: η, s(p) / p, and ‖p‖
         self._noise, self._meter = Noise(seed, runner.device), Noise(~seed, runner.device)  # of training, of accuracy()
         self._t = 0  # steps so far
@@ -158,6 +159,13 @@ class Engine:
         """Whether λ ever moves."""
         return self._options.update_aux_every != 0
 
+    @property
+    def _moves_rarely(self) -> bool:
+        """Whether λ moves with the bases only, or never."""
+        return not self._learns or (
+            self._options.update_aux_every is None and all(q.has_basis for q in self.q.values())
+        )
+
     def advance(self, source: Gradient, batch_for_q: Callable[[], Batch]) -> None:
         """Take a step along a gradient that was made elsewhere, after :meth:`check`; eager only.
 
@@ -193,7 +201,6 @@ class Engine:
             if name in theirs and theirs[name].shape == tensor.shape:
                 tensor.copy_(theirs[name])
         self._curvature.renew()
-        self._averages.renew(self.q)
 
     def live_state(self) -> dict[str, Any]:
         """Return the state as :meth:`state_dict` does, but the tensors themselves."""
@@ -208,8 +215,7 @@ class Engine:
         every = self._options.update_aux_every
         statistics = is_due(self._t, every or CADENCE)
         refresh = statistics and is_refresh(self._t, every or CADENCE)
-        rarely = every is None and all(q.has_basis for q in self.q.values())
-        return Due(statistics, refresh, self._learns and (refresh if rarely else statistics))
+        return Due(statistics, refresh, self._learns and (refresh if self._moves_rarely else statistics))
 
     def _advance(
         self, source: Gradient, batch_for_q: Callable[[], Batch], due: Due, ok: Tensor | None
@@ -251,7 +257,8 @@ class Engine:
             batch.let_go()
             if due.refresh or due.learn:
                 save(self._curvature.movable())
-                averaged = self._averages.follow(loss, g, self._curvature.move(prepared))
+                m = self._averages.momentum()  # by the Q that is about to change
+                averaged = self._averages.follow(loss, g, m, self._curvature.move(prepared))
             else:
                 averaged = self._averages.average(loss, g, prepared.ok)
             self._curvature.gather(prepared)
@@ -261,7 +268,7 @@ class Engine:
         """Return the direction u on which Q is learned, from a gradient g and where it comes from."""
         if self._options.u == "momentum":
             beta = self._groups.beta
-            return {k: torch.lerp(dense(g[k]), m, beta(k)) if k in g else m for k, m in self._momentum.items()}
+            return {k: torch.lerp(dense(g[k]), m, beta(k)) if k in g else m for k, m in self._averages.m.items()}
         if self._options.u == "gaussian":
             noise = self._noise.fork(3)
             return {k: noise.normal(p, i) for i, (k, p) in enumerate(self._direction.items())}
@@ -303,7 +310,10 @@ class Engine:
 
     def _sync(self) -> None:
         """Take up what was written into ``q`` from outside since the last eager call."""
-        self._averages.renew(self._curvature.sync())
+        changed = self._curvature.changed()
+        m = self._averages.momentum(changed)
+        self._curvature.renew(changed)
+        self._averages.renew(m)
 
     def _require_hooks(self) -> None:
         if self._removed:
@@ -313,7 +323,7 @@ class Engine:
         """Return all state that is kept between steps, by name: the tensors themselves."""
         hyper = {f"hyper.{k}": t for k, t in vars(self.hyper).items()}
         direction = {f"direction.{k}": p for k, p in self._direction.items()}
-        momentum = {f"momentum.{k}": m for k, m in self._momentum.items()}
+        momentum = {f"momentum.{k}": m for k, m in self._averages.m.items()}
         likelihood = {f"likelihood.{k}": t for k, t in self.likelihood_tensors().items()}
         rest = {"noise": self._noise.counter, "skipped": self.skipped}
         return {**hyper, **self._curvature.tensors(), **direction, **momentum, **likelihood, **rest}

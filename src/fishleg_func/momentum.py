@@ -1,4 +1,8 @@
-"""The momentum m and p = Q m, kept as a pair so that Q meets factored gradients only, and the direction of a step."""
+r"""The momentum m, kept as p = Q m so that Q meets factored gradients only, and the direction of a step.
+
+While Q stands, p is all that a step needs. When Q changes, p is made anew from m: kept beside p where Q changes
+often, had back as :math:`m = Q^{-1}p` where it rarely does.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +26,32 @@ class Momentum:
         curvature: Q, and the decay of each block's average.
         rule: Whether gradients are averaged ``"before"`` Q is applied, or ``"after"``: then p averages Q g, and there
             is no m. Both step along p. ``"nesterov"`` averages before, and steps along β p + (1 − β) Q g.
+        paired: Whether every block keeps m; if not, those whose family cannot invert Q do.
+
+    Attributes:
+        p: By block.
+        m: Of the blocks that keep it.
     """
 
-    def __init__(self, curvature: Curvature, rule: str) -> None:
+    def __init__(self, curvature: Curvature, rule: str, *, paired: bool) -> None:
         self._curvature, self._beta, self._nesterov = curvature, curvature.groups.beta, rule == "nesterov"
         self.before = before = rule != "after"
         self.p = {k: ts[0].new_zeros(curvature.q[k].shape) for k, ts in curvature.operators.items()}
-        self.m = {k: p.clone() for k, p in self.p.items()} if before else {}
-        self._unsound: set[str] = set()  # blocks whose p is not finite, since Q was changed outside of a step
+        pairs = [k for k in self.p if before and (paired or not curvature.q[k].inverts)]
+        self.m = {k: self.p[k].clone() for k in pairs}
+        self._held: dict[str, Tensor] = {}  # m where p is not finite, since Q was changed outside of a step
+
+    def momentum(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Return m by block, of all blocks or some: what is kept, or Q⁻¹ p; nothing where gradients meet Q first.
+
+        Where Q is singular to rounding m is zero.
+
+        Args:
+            names: The blocks.
+        """
+        kept = self.m | self._held
+        wanted = (self.p if names is None else names) if self.before else ()
+        return {k: kept[k] if k in kept else self._curvature.unapply(k, self.p[k]) for k in wanted}
 
     def average(
         self, loss: Tensor, g: Mapping[str, Packed], ok: Tensor | None
@@ -48,7 +70,7 @@ class Momentum:
             FloatingPointError: If the direction is not finite; nothing is changed (eager only).
         """
         qg = self.applied(g)
-        sums = checksum(qg) if not self._unsound else checksum({k: self.p[k] for k in self._unsound})
+        sums = checksum({k: self.p[k] for k in self._held} or qg)
         ok = both(ok, require_finite(loss, sums, _WHAT))
         if self._nesterov:
             qg = {k: dense(x) for k, x in qg.items()}  # once, for p and for the direction
@@ -73,7 +95,7 @@ class Momentum:
         return {k: x.lerp(inner(g[k], direction[k]), 1 - self._beta(k)) for k, x in along.items()}
 
     def follow(
-        self, loss: Tensor, g: Mapping[str, Packed], learned: Learned
+        self, loss: Tensor, g: Mapping[str, Packed], m: Mapping[str, Tensor], learned: Learned
     ) -> tuple[Mapping[str, Tensor], Tensor | None]:
         """Take up a gradient after Q has changed: p is carried along where it can be, or computed anew.
 
@@ -82,6 +104,7 @@ class Momentum:
         Args:
             loss: The loss, for the error.
             g: Gradient by block; of blocks that have none m stays, and p follows Q.
+            m: From :meth:`momentum`, before Q has changed.
             learned: What has changed Q.
 
         Returns:
@@ -96,34 +119,39 @@ class Momentum:
         qg = {k: dense(self._curvature.apply(k, x)) for k, x in g.items() if self._nesterov or k in carries}
         new_m: dict[str, Tensor] = {}
         new_p: dict[str, Tensor] = {}
-        for k, m in self.m.items():
+        for k in self.p:
             if k not in carries:
-                new_m[k] = m.lerp(dense(g[k]), 1 - self._beta(k)) if k in g else m
+                new_m[k] = m[k].lerp(dense(g[k]), 1 - self._beta(k)) if k in g else m[k]
                 new_p[k] = dense(self._curvature.apply(k, new_m[k]))
             else:
                 moved = carries[k](self.p[k])
                 new_p[k] = moved.lerp(qg[k], 1 - self._beta(k)) if k in g else moved
         ok = both(learned.ok, require_finite(loss, total(checksum(x) for x in (new_p, qg) if x), _WHAT))
-        for k, m in self.m.items():
+        for k, kept in self.m.items():
             if k in new_m:
-                assign_(m, new_m[k], ok)
+                assign_(kept, new_m[k], ok)
             elif k in g:
-                average_(m, g[k], 1 - self._beta(k), ok)
-            assign_(self.p[k], new_p[k], ok)
+                average_(kept, g[k], 1 - self._beta(k), ok)
+        for k, p in self.p.items():
+            assign_(p, new_p[k], ok)
+        if self._held:
+            self._held.clear()
         return self._ahead(g, qg), ok
 
     def applied(self, g: Mapping[str, Packed]) -> dict[str, Packed]:
         """Return Q g by block."""
         return {k: self._curvature.apply(k, x) for k, x in g.items()}
 
-    def renew(self, names: Iterable[str]) -> None:
+    def renew(self, m: Mapping[str, Tensor]) -> None:
         """Compute p = Q m anew, for blocks whose Q was changed outside of a step; eager only.
 
         Where it is not finite, the next step says so, unless Q has changed again by then.
 
         Args:
-            names: The blocks.
+            m: From :meth:`momentum`, before Q has changed.
         """
-        for k in names if self.before else ():
-            self.p[k].copy_(dense(self._curvature.apply(k, self.m[k])))
-            (self._unsound.discard if self.p[k].sum().isfinite() else self._unsound.add)(k)
+        for k, momentum in m.items():
+            self.p[k].copy_(dense(self._curvature.apply(k, momentum)))
+            self._held.pop(k, None)
+            if not self.p[k].sum().isfinite():
+                self._held[k] = momentum

@@ -54,6 +54,7 @@ class QModule(nn.Module, ABC):
 
     takes_rows = False  # whether gather_ is better served with factors over rows than with a dense gradient
     scale_free = False  # whether λ can learn the shape of Q alone: its rule moves whole matrices
+    inverts = False  # whether Q⁻¹ v can be had from what Q is applied with
     keeps_factors = False  # whether Q of a factored matrix is factored, and moves of λ cost less for it
     shape: tuple[int, ...]
     count: Tensor
@@ -138,6 +139,18 @@ class QModule(nn.Module, ABC):
         Returns:
             The same kind where the family allows it, else dense.
         """
+
+    def unact(self, operator: Roots, v: Tensor) -> Tensor:
+        """Return Q⁻¹ v, in families that have ``inverts``.
+
+        Args:
+            operator: From :meth:`operator`.
+            v: Packed matrix, dense.
+
+        Returns:
+            A tensor of the packed shape, up to rounding; zero where Q is singular to rounding.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no unact, and must then not have inverts = True")
 
     @abstractmethod
     def relative(self, operator: Roots, u: Packed, v: Packed, w: Packed) -> Gradients:

@@ -140,9 +140,10 @@ class FishLegStep(Engine):
                 prepared = self._curvature.prepare(batch, u, self._noise, refresh=refresh, ok=None, save=save)
                 batch.let_go()
                 save(self._curvature.movable())
+                m = self._averages.momentum() if any(p.any() for p in self._direction.values()) else {}
                 value = self._curvature.move(prepared).value
                 self._curvature.gather(prepared)
-        self._averages.renew(self.q)
+        self._averages.renew(m)
         self._updates += 1
         self._noise.advance_()
         return value
@@ -259,9 +260,9 @@ class FishLegStep(Engine):
             A :class:`~fishleg_func.diagnostics.Report` with one row for each parameter of the model.
         """
         plan = self._runner.plan
-        momentum = {k: [self._momentum[k]] if self._momentum else [] for k in self.q}
+        averages = [self._averages.p, self._averages.m]
         state = {
-            k: [*q.parameters(), *q.buffers(), *self._curvature.own(k), self._direction[k], *momentum[k]]
+            k: [*q.parameters(), *q.buffers(), *self._curvature.own(k), *(kept[k] for kept in averages if k in kept)]
             for k, q in self.q.items()
         }
         return diagnostics.report(self.model, plan, self._runner.unhooked, state, self.likelihood)
