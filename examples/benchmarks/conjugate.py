@@ -6,8 +6,8 @@ r"""Solve $(F + \gamma I)x = b$ by conjugate gradients, plain and preconditioned
 A multilayer perceptron is trained, and $F$ is the exact Fisher of some training images. Q is of low rank
 (``FisherOperator.inverse``), which takes as many products with F as it has ranks before the first iteration, or learned
 by layers (``fishleg_func.estimate_inverse_fisher``), which takes one product with the Fisher of a batch of all training
-images for each update. Right-hand sides are the mean gradient of the images in F and a standard normal vector. $\gamma$ is
-what ``damping=None`` comes to at the end of training, or what is given.
+images for each update. Right-hand sides are the mean gradient of the images in F and a standard normal vector.
+$\gamma$ is what ``damping=None`` comes to at the end of training, or what is given.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def count(
         q = ff.estimate_inverse_fisher(model, likelihood, loader, damping=damping, q=family, updates=updates)
         solve(family, q, updates)
     for rank in ranks:
-        solve(f"rank {rank}", operator.inverse(rank), rank)
+        solve(f"rank {rank}", operator.inverse(rank, generator=torch.Generator().manual_seed(0)), rank)
     return counts
 
 
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Count]:
     size = sum(p.numel() for p in model.parameters())
     title = f"{given.data}, {size} parameters, gamma = {damping:.2g}: {time.perf_counter() - start:.0f} s"
     table = Table(title=title, box=box.SIMPLE)
-    for head in ("right-hand side", "preconditioner", "products to make it", "iterations", "of plain"):
+    for head in ("right-hand side", "preconditioner", "products for Q", "iterations", "of plain"):
         table.add_column(head, justify="left" if head[:5] in ("right", "preco") else "right")
     plain = {c.side: c.iterations for c in counts if c.method == "plain"}
     for c in counts:

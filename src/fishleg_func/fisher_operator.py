@@ -170,7 +170,7 @@ class FisherOperator(Operator):
                   \qquad V \mathrm{diag}(\mu) V^\top \approx F
 
         by the randomized Nystrom method, from ``rank`` products with the Fisher. It is the exact inverse where the
-        rank is that of F. It keeps P times ``rank`` numbers, and takes about four times that while it is made.
+        rank is that of F. It keeps P times ``rank`` numbers, and takes five to six times that while it is made.
 
         Args:
             rank: Number of directions in which Q differs from :math:`I / \gamma`, from 1 to P.

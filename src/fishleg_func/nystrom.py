@@ -35,8 +35,7 @@ def nystrom(
         Martinsson & Tropp (2020), "Randomized numerical linear algebra: foundations and algorithms", section 14;
         Frangella, Tropp & Udell (2023), "Randomized Nystrom preconditioning", algorithm 2.1.
     """
-    draws = torch.randn(size, rank, generator=generator, dtype=like.dtype, device=like.device)
-    probes = torch.linalg.qr(draws).Q
+    probes = torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=like.dtype, device=like.device)).Q
     sketch = torch.empty_like(probes)
     for start in range(0, rank, _COLUMNS):
         columns = slice(start, start + _COLUMNS)
@@ -47,7 +46,9 @@ def nystrom(
     core = (probes.mT @ sketch).double()
     values, vectors = torch.linalg.eigh((core + core.mT) / 2)
     inverse_root = vectors * torch.maximum(values, shift).rsqrt()  # no eigenvalue is below the shift but by rounding
-    left, singular, _ = torch.linalg.svd(sketch @ inverse_root.to(like.dtype), full_matrices=False)
+    sketch = sketch @ inverse_root.to(like.dtype)
+    del probes  # memory: the factorization takes some times that of the sketch
+    left, singular, _ = torch.linalg.svd(sketch, full_matrices=False)
     return _orthonormal(left), (singular.square() - shift).clamp(min=0)
 
 
