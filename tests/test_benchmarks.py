@@ -221,9 +221,11 @@ def test_inverse_measures_both_errors(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_conjugate_counts_iterations_that_solve(capsys: pytest.CaptureFixture[str]) -> None:
     conjugate = importlib.import_module("conjugate")
     arguments = ["--hidden", "4", "--epochs", "1", "--examples", "60", "--updates", "5", "--families", "diagonal"]
-    counts = conjugate.main([*arguments, "--damping", "0.1"])
-    assert [(c.side, c.method) for c in counts] == [
-        ("gradient", "plain"), ("normal", "plain"), ("gradient", "diagonal"), ("normal", "diagonal"),
+    counts = conjugate.main([*arguments, "--damping", "0.1", "--ranks", "40"])
+    assert [(c.side, c.method, c.built) for c in counts] == [
+        ("gradient", "plain", 0), ("normal", "plain", 0), ("gradient", "diagonal", 5), ("normal", "diagonal", 5),
+        ("gradient", "rank 40", 40), ("normal", "rank 40", 40),
     ]  # fmt: skip
+    assert counts[5].iterations < counts[1].iterations
     assert all(c.converged and c.iterations > 1 for c in counts)
     assert str(counts[1].iterations) in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """One contract for all Q families: a new one inherits it through ``FAMILIES`` and adds its dense definition."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import functional_call
 
-from fishleg_func import LowRank, QModule, reference
+from fishleg_func import LowRank, QModule, families, reference
 from fishleg_func._trees import dense
-from fishleg_func.families import FAMILIES
 from fishleg_func.qmodules import Gradients
+from fishleg_func.spiked import Spiked
 
+FAMILIES = {**families.FAMILIES, "spiked": functools.partial(Spiked, rank=1)}
 MAX_DIM = 3  # longer sides become block-diagonal, and 5 and 7 are padded
 
 
@@ -49,9 +51,18 @@ class Case:
 
 def oracle(case: Case, lam: dict[str, Tensor] | None = None) -> Tensor:
     """The dense definition of a family, ``[P, P]`` in float64: what a new family has to add."""
-    return reference.dense_q(
-        case.name, case.lam if lam is None else lam, basis_of(case.q, case.name), shape=case.q.shape
-    )
+    lam = case.lam if lam is None else lam
+    if case.name == "spiked":
+        return spiked(case.q.get_buffer("V"), case.q.get_buffer("c"), lam["s"])
+    return reference.dense_q(case.name, lam, basis_of(case.q, case.name), shape=case.q.shape)
+
+
+def spiked(V: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """V diag(d²) Vᵀ + d² (I - V Vᵀ), the last of d across V; one block for each group."""
+    if V.ndim == 3:
+        return torch.block_diag(*map(spiked, V, c, s))
+    V, squares = V.double(), (c.double() * s.double().exp()) ** 2
+    return V @ torch.diag(squares[:-1]) @ V.T + squares[-1] * (torch.eye(len(V)) - V @ V.T)
 
 
 def close(actual: Tensor | LowRank, expected: Tensor, case: Case) -> None:
@@ -79,8 +90,13 @@ def build(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int, log_condition: float, max_dim: int = MAX_DIM
 ) -> Case:
     source = torch.Generator().manual_seed(seed)
-    q = FAMILIES[name](shape, max_dim=math.prod(shape) if name == "dense" else max_dim, dtype=dtype)
+    most = math.prod(shape[-2:])
+    given = {"rank": 1 + seed % most} if name == "spiked" else {}
+    q = FAMILIES[name](shape, max_dim=math.prod(shape) if name == "dense" else max_dim, dtype=dtype, **given)
     case = Case(name, q, source)
+    if isinstance(q, Spiked):
+        V = torch.linalg.qr(torch.randn(*q.V.shape, dtype=torch.float64, generator=source)).Q
+        q.place_(V, 10 ** (-log_condition * torch.rand(q.c.shape, dtype=torch.float64, generator=source)))
     for k in range(2):
         q.gather_(case.probe(factored=k == 0))
     q.refresh_(torch.tensor(0.5, dtype=dtype))
@@ -229,7 +245,8 @@ def check_retract(case: Case, rows: int | None = None) -> None:
     # the reference takes plain gradients: d, where G = L^T d or d R^T
     solve = {"L": lambda x, g: torch.linalg.solve(x.mT, g), "R": lambda x, g: torch.linalg.solve(x.mT, g, left=False)}
     plain = {key: solve[key](case.lam[key], g) if key in solve else g for key, g in gradients.items()}
-    expected = reference.relative_update(case.name, case.lam, plain, 0.2)
+    family = "diagonal" if case.name == "spiked" else case.name  # s moves alike
+    expected = reference.relative_update(family, case.lam, plain, 0.2)
     case.q.retract_(operator, factored, torch.tensor(0.2, dtype=torch.float64))
     for key, x in expected.items():
         close(case.lam[key], x, case)
@@ -285,11 +302,13 @@ def test_stays_positive_definite(name: str, shape: tuple[int, ...], adam: bool) 
     for u in [case.probe() for _ in range(20)]:
         assert (u * dense(case.q(u))).sum() > 0
     case.q.double()  # Q = B B^T is positive definite where B is invertible, and float64 rounds B no further
+    if isinstance(case.q, Spiked):
+        case.q.V.copy_(torch.linalg.qr(case.q.V).Q)  # orthonormal to float64 as well
     assert torch.linalg.cond(root(case)) < 1e6
     close(root(case) @ root(case).mT, oracle(case), case)  # padding is still decoupled
 
 
-@pytest.mark.parametrize("name", ["scaled_kronecker", "eigen", "diagonal", "embedding"])
+@pytest.mark.parametrize("name", ["scaled_kronecker", "eigen", "diagonal", "embedding", "spiked"])
 @pytest.mark.parametrize("far", [-200.0, 200.0])
 def test_saturated_scales_stay_positive_definite(name: str, far: float) -> None:
     case = build(name, (2, 3), torch.float32, 0, 0.0)

@@ -1,11 +1,13 @@
-r"""Solve $(F + \gamma I)x = b$ by conjugate gradients, plain and preconditioned with a learned Q: iterations.
+r"""Solve $(F + \gamma I)x = b$ by conjugate gradients, plain and preconditioned with Q: products with F.
 
     python examples/benchmarks/conjugate.py                            # an MLP on digits: a minute
     python examples/benchmarks/conjugate.py --data fashion-mnist       # an MLP on Fashion-MNIST: some minutes
 
-A multilayer perceptron is trained; Q is then estimated on it alone (``fishleg_func.estimate_inverse_fisher``) from the
-training images, and $F$ is the exact Fisher of some of them. Right-hand sides are the mean gradient of those and a
-standard normal vector. $\gamma$ is what ``damping=None`` comes to at the end of training, or what is given.
+A multilayer perceptron is trained, and $F$ is the exact Fisher of some training images. Q is of low rank
+(``FisherOperator.inverse``), which takes as many products with F as it has ranks before the first iteration, or learned
+by layers (``fishleg_func.estimate_inverse_fisher``), which takes one product with the Fisher of a batch of all training
+images for each update. Right-hand sides are the mean gradient of the images in F and a standard normal vector.
+$\gamma$ is what ``damping=None`` comes to at the end of training, or what is given.
 """
 
 import argparse
@@ -32,12 +34,13 @@ BATCH = 200
 
 @dataclass(frozen=True)
 class Count:
-    """Iterations for one right-hand side."""
+    """Iterations for one right-hand side, and the products with F that the preconditioner was made of."""
 
     side: str
     method: str
     iterations: int
     converged: bool
+    built: int
 
 
 def trained(images: data.ImageSet, hidden: int, epochs: int) -> tuple[nn.Module, float]:
@@ -68,12 +71,13 @@ def count(
     images: data.ImageSet,
     damping: float,
     families: Sequence[str],
+    ranks: Sequence[int],
     *,
     updates: int,
     examples: int,
     tol: float = 1e-5,
 ) -> list[Count]:
-    """Count iterations for each right-hand side, without and with each family of Q."""
+    """Count iterations for each right-hand side, without Q, with each family and with each rank."""
     assert images.train_labels is not None
     likelihood = ff.likelihoods.Categorical()
     x, y = images.train[:examples], images.train_labels[:examples]
@@ -84,16 +88,18 @@ def count(
     sides = {"gradient": operator.flatten(gradient(model, x, y)), "normal": normal}
     counts = []
 
-    def solve(method: str, preconditioner: ff.InverseFisher | None) -> None:
+    def solve(method: str, preconditioner: ff.InverseFisher | None, built: int) -> None:
         for side, b in sides.items():
             solution = operator.solve(b, preconditioner=preconditioner, tol=tol)
-            counts.append(Count(side, method, solution.iterations, solution.converged))
+            counts.append(Count(side, method, solution.iterations, solution.converged, built))
 
-    solve("plain", None)
+    solve("plain", None, 0)
     for family in families:
         loader = DataLoader(TensorDataset(images.train, images.train_labels), BATCH, shuffle=True)
         q = ff.estimate_inverse_fisher(model, likelihood, loader, damping=damping, q=family, updates=updates)
-        solve(family, q)
+        solve(family, q, updates)
+    for rank in ranks:
+        solve(f"rank {rank}", operator.inverse(rank, generator=torch.Generator().manual_seed(0)), rank)
     return counts
 
 
@@ -106,23 +112,27 @@ def main(arguments: Sequence[str] | None = None) -> list[Count]:
     parser.add_argument("--examples", type=int, default=1000, help="images in F")
     parser.add_argument("--updates", type=int, default=1000, help="auxiliary updates")
     parser.add_argument("--damping", type=float, help="gamma")
-    parser.add_argument("--families", default="kfac,eigen,diagonal")
+    parser.add_argument("--families", default="kfac,eigen,diagonal", help="of a learned Q, or an empty string")
+    parser.add_argument("--ranks", default="50,200", help="of a Q of low rank, or an empty string")
     given = parser.parse_args(arguments)
     torch.manual_seed(0)
     images = data.load(given.data)
     start = time.perf_counter()
     model, damping = trained(images, given.hidden, given.epochs)
     damping = given.damping or damping
-    counts = count(model, images, damping, given.families.split(","), updates=given.updates, examples=given.examples)
+    families, ranks = [f for f in given.families.split(",") if f], [int(r) for r in given.ranks.split(",") if r]
+    counts = count(model, images, damping, families, ranks, updates=given.updates, examples=given.examples)
     size = sum(p.numel() for p in model.parameters())
     title = f"{given.data}, {size} parameters, gamma = {damping:.2g}: {time.perf_counter() - start:.0f} s"
     table = Table(title=title, box=box.SIMPLE)
-    for head in ("right-hand side", "preconditioner", "iterations", "of plain"):
-        table.add_column(head, justify="left" if head[0] in "rp" else "right")
+    for head in ("right-hand side", "preconditioner", "products for Q", "iterations", "of plain"):
+        table.add_column(head, justify="left" if head[:5] in ("right", "preco") else "right")
     plain = {c.side: c.iterations for c in counts if c.method == "plain"}
     for c in counts:
         share = f"{c.iterations / plain[c.side]:.2f}"
-        table.add_row(c.side, c.method, f"{c.iterations}{'' if c.converged else ' (not converged)'}", share)
+        table.add_row(
+            c.side, c.method, str(c.built), f"{c.iterations}{'' if c.converged else ' (not converged)'}", share
+        )
     Console().print(table)
     return counts
 

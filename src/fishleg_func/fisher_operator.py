@@ -18,8 +18,9 @@ from .conjugate import Solution, conjugate_gradients
 from .fisher import linearize, make_output_fisher
 from .inverse import InverseFisher
 from .likelihoods import Likelihood
+from .nystrom import nystrom
 from .operators import Operator
-from .transform import select, unwrapped
+from .transform import low_rank, select, unwrapped
 
 KINDS = ("exact", "sampled", "empirical")
 
@@ -156,6 +157,54 @@ class FisherOperator(Operator):
                     result[name][i] += (part.terms / total) * t
         return result
 
+    def _damped(self, purpose: str) -> None:
+        """Raise ValueError if there is no damping."""
+        if self.damping == 0:
+            raise ValueError(f"damping=0.0 must be > 0 to {purpose}: F is singular; use a small value such as 1e-3")
+
+    @torch.no_grad()
+    def inverse(self, rank: int, *, generator: torch.Generator | None = None) -> InverseFisher:
+        r"""Return the inverse of a low-rank approximation of the Fisher, which knows how layers depend on each other.
+
+        .. math:: Q = V \mathrm{diag}\Big(\frac{1}{\mu_i + \gamma}\Big) V^\top + \frac1\gamma (I - V V^\top),
+                  \qquad V \mathrm{diag}(\mu) V^\top \approx F
+
+        by the randomized Nystrom method, from ``rank`` products with the Fisher. It is the exact inverse where the
+        rank is that of F. It keeps P times ``rank`` numbers, and takes five to six times that while it is made.
+
+        Args:
+            rank: Number of directions in which Q differs from :math:`I / \gamma`, from 1 to P.
+            generator: Source of the draws; by default the library's own, apart from the global stream.
+
+        Returns:
+            An operator over the same parameters; a saved one is read back by ``InverseFisher.for_model(model, "joint",
+            rank=rank)``.
+
+        Raises:
+            ValueError: If γ is zero, or the rank is out of its range.
+
+        Example:
+            :math:`F = \mathrm{diag}(0, 3)`, of rank one:
+
+            >>> import torch
+            >>> import fishleg_func as ff
+            >>> model, x = torch.nn.Linear(2, 1, bias=False).double(), torch.tensor([[0.0, 3.0**0.5]]).double()
+            >>> op = ff.FisherOperator(model, ff.likelihoods.Gaussian(), [(x, None)], damping=1.0)
+            >>> [round(q, 6) for q in op.inverse(rank=1).diagonal()["weight"].flatten().tolist()]
+            [1.0, 0.25]
+
+        References:
+            Frangella, Tropp & Udell (2023), "Randomized Nystrom preconditioning".
+        """
+        block, q = low_rank(self._params, rank)
+        self._damped("invert")
+        source = generator if generator is not None else new_noise(self.device).generator()
+        like = torch.empty((), dtype=self.dtype, device=self.device)
+        vectors, values = nystrom(lambda v: self @ v - self.damping * v, self.shape[0], rank, source, like)
+        rest = values.new_zeros(1)  # across V, F counts as zero: what it is where it has no more rank
+        q.place_(vectors, 1 / (torch.cat([values, rest]) + self.damping))
+        return InverseFisher((block,), {block.name: q}, self._params, self.damping)
+
     @torch.no_grad()
     def solve(
         self,
@@ -182,8 +231,7 @@ class FisherOperator(Operator):
         """
         _checks.number("tol", tol, 0, 1, "use 1e-5", low_open=True)
         _checks.integer("max_iterations", max_iterations, 1, "use 1000")
-        if self.damping == 0:
-            raise ValueError("damping=0.0 must be > 0 to solve: F is singular; use a small value such as 1e-3")
+        self._damped("solve")
         if preconditioner is not None and preconditioner.shapes != self.shapes:
             raise ValueError(
                 f"preconditioner about {list(preconditioner.shapes)} must be about {list(self.shapes)}, in this order "

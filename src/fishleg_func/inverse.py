@@ -17,7 +17,7 @@ from ._types import Params
 from .blocks import Block
 from .operators import Operator
 from .qmodules import QModule
-from .transform import Family, make_plan, unwrapped
+from .transform import JOINT, Family, low_rank, make_plan, select, unwrapped
 
 
 class Fit(NamedTuple):
@@ -82,6 +82,7 @@ class InverseFisher(Operator):
         model: nn.Module,
         q: Family | Mapping[str, Family] = "kfac",
         *,
+        rank: int | None = None,
         damping: float = 0.0,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
@@ -91,14 +92,25 @@ class InverseFisher(Operator):
         Args:
             model: The model; only looked at.
             q: Q family, as in :func:`fishleg_func.fishlegify`.
+            rank: With ``q="joint"``, that of a result of :meth:`fishleg_func.FisherOperator.inverse`; ``None`` for a
+                dense matrix.
             damping: γ that it reports.
             include: Glob patterns of the parameters it is about.
             exclude: Glob patterns of parameters that it is not about.
 
         Returns:
             The operator, to load a state into.
+
+        Raises:
+            ValueError: If a family or pattern is unknown, or there is a rank and q is not joint, or it is out of range.
         """
         model = unwrapped(model)
+        if rank is not None:
+            if q != JOINT:
+                raise ValueError(f"rank={rank} must be None for q={q!r}; use q='joint', the one that has a rank")
+            params = {name: p.detach() for name, p in select(model, include, exclude)[0].items()}
+            block, identity = low_rank(params, rank)
+            return cls((block,), {block.name: identity}, params, damping)
         plan = make_plan(model, q, include, exclude)
         return cls(plan.blocks, plan.q, covered(model, plan.blocks), damping)
 

@@ -339,7 +339,8 @@ class Dense(QModule):
         size = self.m * self.n
         if size > self.max_dim:
             raise ValueError(
-                f"family 'dense' needs a {size} x {size} matrix, and must stay <= {self.max_dim}; use 'kfac'"
+                f"family 'dense' needs a {size} x {size} matrix, and must stay <= {self.max_dim}; use 'kfac', or "
+                "FisherOperator(...).inverse(rank=...) for all parameters together"
             )
         self.side = Side(size, 1, size)
         self._parameter("L", self._eye(self.side))

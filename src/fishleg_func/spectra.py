@@ -16,6 +16,7 @@ from .bases import Diagonal, Eigen, Embedding
 from .inverse import InverseFisher
 from .kronecker import Kronecker, ScaledKronecker
 from .qmodules import Dense, QModule
+from .spiked import Spiked
 
 _DENSE_LIMIT = 4096  # entries of a block whose matrix is factorized for want of a structure
 
@@ -84,6 +85,10 @@ def _eigenvalues(q: QModule, name: str) -> tuple[Tensor, Callable[[Tensor], QMod
         rotated.C_L.copy_(vectors_l)
         rotated.C_R.copy_(vectors_r)
         return right.unsqueeze(-1) * left.unsqueeze(-2), functools.partial(_with_roots, rotated)
+    if isinstance(q, Spiked):
+        values = q.operator()[1].double()
+        rest = values[..., -1:].expand(*q.groups, q.m * q.n - q.rank)
+        return torch.cat([values[..., :-1], rest], -1), functools.partial(_with_spikes, q)
     if isinstance(q, Dense):
         values, vectors = _factor((q.L,))
         return values, functools.partial(_with_vectors, q.shape, vectors, q.L)
@@ -103,6 +108,13 @@ def _with_roots(q: Diagonal | Eigen, values: Tensor) -> QModule:
     with torch.no_grad():
         new.s.zero_()
         new.c.copy_(values.sqrt())
+    return new
+
+
+def _with_spikes(q: Spiked, values: Tensor) -> QModule:
+    """Return a copy of q with other eigenvalues, the last of them across its vectors."""
+    new = copy.deepcopy(q)
+    new.place_(new.V, torch.cat([values[..., : q.rank], values[..., -1:]], -1))
     return new
 
 

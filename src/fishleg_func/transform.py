@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import _checks
 from .blocks import Block
@@ -19,6 +19,7 @@ from .layers import LayerSpec
 from .packed import find_layouts, is_table, table_shape
 from .qmodules import QModule
 from .registry import find_spec
+from .spiked import Spiked
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -115,7 +116,7 @@ def select(
     return chosen, left_alone
 
 
-def _widest(chosen: Mapping[str, nn.Parameter]) -> torch.dtype:
+def _widest(chosen: Mapping[str, Tensor]) -> torch.dtype:
     """Return the dtype of all that is packed: float32, or wider where a parameter is."""
     return functools.reduce(torch.promote_types, {p.dtype for p in chosen.values()}, torch.float32)
 
@@ -196,10 +197,27 @@ def make_plan(
 
 def _joint_plan(chosen: Mapping[str, nn.Parameter], left_alone: Mapping[str, str]) -> Plan:
     """Return the plan of one dense Q over all parameters, which knows how layers depend on each other."""
-    first = next(iter(chosen.values()))
-    shape = (1, sum(p.numel() for p in chosen.values()))
-    block = Block(JOINT, JOINT, shape, {name: name for name in chosen}, None, _widest(chosen))
-    return Plan((block,), {}, {JOINT: FAMILIES["dense"](shape, dtype=block.dtype, device=first.device)}, left_alone)
+    block, device = joint_block(chosen), next(iter(chosen.values())).device
+    return Plan((block,), {}, {JOINT: FAMILIES["dense"](block.shape, dtype=block.dtype, device=device)}, left_alone)
+
+
+def joint_block(params: Mapping[str, Tensor]) -> Block:
+    """Return the block of all parameters together, laid end to end in the order that they come in."""
+    shape = (1, sum(p.numel() for p in params.values()))
+    return Block(JOINT, JOINT, shape, {name: name for name in params}, None, _widest(params))
+
+
+def low_rank(params: Mapping[str, Tensor], rank: int) -> tuple[Block, Spiked]:
+    """Return the block of all parameters together, and the identity as a Q of a rank for it.
+
+    Raises:
+        ValueError: If the rank is none.
+    """
+    block, device = joint_block(params), next(iter(params.values())).device
+    _checks.integer("rank", rank, 1, "use about 200")
+    if rank > block.shape[1]:
+        raise ValueError(f"rank={rank} must be <= {block.shape[1]}, the number of parameters; use {block.shape[1]}")
+    return block, Spiked(block.shape, rank=rank, dtype=block.dtype, device=device)
 
 
 def _families(
