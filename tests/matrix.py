@@ -126,7 +126,7 @@ def amp(name: str) -> None:
     for autocast in (False, True):
         model, inputs = made(name)
         start = Categorical().nll(model(*inputs), LABELS).item()
-        optimizer = ff.FishLeg(model, Categorical(), lr=0.1, generator=generator(0))
+        optimizer = ff.FishLeg(model, Categorical(), lr=0.1, weight_decay=0.0, generator=generator(0))
         for _ in range(15):
             take(optimizer, model, inputs, autocast=autocast)
         final.append(Categorical().nll(model(*inputs), LABELS).item())

@@ -25,7 +25,7 @@ RULES = [(s, m) for s in ("layer", "kl", None) for m in ("nesterov", "before", "
 @pytest.mark.parametrize(("step_norm", "momentum"), RULES)
 def test_step_norms_are_how_far_the_parameters_moved(step_norm: str | None, momentum: str) -> None:
     model = built("mlp")
-    step = step_of(model, step_norm=step_norm, momentum=momentum, damping=0.1)
+    step = step_of(model, step_norm=step_norm, momentum=momentum, damping=0.1, weight_decay=0.0)
     for i in range(3):
         before = {name: p.clone() for name, p in model.named_parameters()}
         step(*MODELS["mlp"][1](i))

@@ -71,7 +71,7 @@ def test_gradients_are_the_truth_and_are_only_read() -> None:
     optimizer.step()
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True) if p.grad is not None)
     fresh = built("mlp")
-    optimizer, before = optimizer_of(fresh), parameters(fresh)
+    optimizer, before = optimizer_of(fresh, weight_decay=0.0), parameters(fresh)
     Categorical().nll(fresh(x), y).backward()
     for p in fresh.parameters():
         p.grad = torch.zeros_like(p)
@@ -159,11 +159,11 @@ def test_sigma_is_learned_in_both_front_ends() -> None:
         model = nn.Linear(4, 3).double()
         likelihood = Gaussian(1.0, learn_sigma=True)
         if front == "step":
-            step = ff.fishlegify(model, likelihood, generator=generator(3))
+            step = ff.fishlegify(model, likelihood, weight_decay=0.0, generator=generator(3))
             for _ in range(300):
                 step(x, y)
         else:
-            optimizer = optimizer_of(model, likelihood)
+            optimizer = optimizer_of(model, likelihood, weight_decay=0.0)
             for _ in range(300):
                 optimizer.zero_grad()
                 likelihood.nll(model(x), y).backward()
@@ -172,3 +172,12 @@ def test_sigma_is_learned_in_both_front_ends() -> None:
         sigmas.append(float(next(iter(likelihood.tensors().values())).detach().exp().mean()))
         assert sigmas[-1] == pytest.approx(residual, rel=0.05)
     assert sigmas[0] == pytest.approx(sigmas[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(("settings", "decay"), [({}, 0.03), ({"step_norm": "kl"}, 0.0), ({"step_norm": None}, 0.0)])
+def test_weight_decay_by_default_goes_with_the_layer_norm(settings: dict[str, Any], decay: float) -> None:
+    for given, expected in (({}, decay), ({"weight_decay": None}, decay), ({"weight_decay": 0.5}, 0.5)):
+        model = nn.Linear(3, 2).double()
+        step = ff.fishlegify(model, ff.likelihoods.Gaussian(), **settings, **given)
+        optimizer = ff.FishLeg(nn.Linear(3, 2).double(), ff.likelihoods.Gaussian(), **settings, **given)
+        assert step.hyper.weight_decay == optimizer.param_groups[0]["weight_decay"] == expected

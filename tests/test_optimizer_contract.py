@@ -20,9 +20,8 @@ from fishleg_func.likelihoods import Categorical, Gaussian
 def test_groups_have_their_own_rate_decay_and_damping() -> None:
     model = built("mlp")
     first, last = list(model[0].parameters()), list(model[2].parameters())  # type: ignore[index]
-    optimizer = optimizer_of(
-        model, params=[{"params": first, "lr": 0.0, "weight_decay": 0.5}, {"params": last, "lr": 0.1, "damping": 2.0}]
-    )
+    groups = [{"params": first, "lr": 0.0, "weight_decay": 0.5}, {"params": last, "lr": 0.1, "damping": 2.0}]
+    optimizer = optimizer_of(model, params=groups, weight_decay=0.0)
     before = [p.detach().clone() for p in (*first, *last)]
     train(optimizer, model, "mlp", range(1))
     assert all(torch.equal(p, b) for p, b in zip(first, before[:2], strict=True))
@@ -41,8 +40,8 @@ def test_one_layer_may_be_in_two_groups_with_one_damping() -> None:
     weights = [p for p in model.parameters() if p.ndim > 1]
     biases = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": weights, "weight_decay": 0.2}, {"params": biases}]
-    optimizer = optimizer_of(model, params=groups)
-    plain = optimizer_of(same)
+    optimizer = optimizer_of(model, params=groups, weight_decay=0.0)
+    plain = optimizer_of(same, weight_decay=0.0)
     for opt, m in ((optimizer, model), (plain, same)):
         train(opt, m, "mlp", range(1))
     start = built("mlp")
@@ -73,7 +72,7 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_schedulers_of_torch_set_the_rate(scheduler: str) -> None:
     model = built("mlp")
-    optimizer = optimizer_of(model)
+    optimizer = optimizer_of(model, weight_decay=0.0)
     schedule = SCHEDULERS[scheduler](optimizer)
     rates = []
     for i in range(11):

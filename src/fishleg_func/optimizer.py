@@ -15,7 +15,7 @@ from ._types import Packed
 from .batch import Batch
 from .capture import kept_random_state, set_random_state
 from .diagnostics import Report
-from .entry import fishlegify, set_damping
+from .entry import fishlegify, set_damping, usual_weight_decay
 from .feed import Feed
 from .layer_watch import LayerWatch
 from .left_gradient import LeftGradient
@@ -24,7 +24,7 @@ from .step import FishLegStep
 from .transform import select, unwrapped
 from .watch import Watch, join
 
-_DEFAULTS = {"lr": 3e-2, "weight_decay": 0.0, "damping": None}
+_DEFAULTS = {"lr": 3e-2, "weight_decay": None, "damping": None}
 
 
 class FishLeg(torch.optim.Optimizer):
@@ -101,6 +101,8 @@ class FishLeg(torch.optim.Optimizer):
             params = list(select(unwrapped(model), *where)[0].items())
         defaults = {**_DEFAULTS, "betas": (options.pop("beta", 0.9),), "maximize": maximize}
         defaults |= {name: options.pop(name) for name in _DEFAULTS if name in options}
+        if defaults["weight_decay"] is None:
+            defaults["weight_decay"] = usual_weight_decay(options.get("step_norm", "layer"))
         self._called, self._likelihood, self._options, self._start = model, likelihood, options, start
         self._feed = None if aux_loader is None else Feed(aux_loader)
         self._ready = False
