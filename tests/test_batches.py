@@ -163,9 +163,10 @@ def test_autocast_is_refused() -> None:
 
 
 def test_the_schedule_is_a_table() -> None:
-    """Curvature at each of the first k steps, then one in k; bases at five of these, every second, fourth, eighth."""
-    due = [t for t in range(700) if is_due(t, 10)]
-    assert due == [*range(10), *range(10, 700, 10)]
+    """Curvature at each of the first k steps, then one in k; bases at five of these, then every second to sixteenth."""
+    due = [t for t in range(1200) if is_due(t, 10)]
+    assert due == [*range(10), *range(10, 1200, 10)]
     refreshed = [t for t in due if is_refresh(t, 10)]
-    assert refreshed == [0, 1, 2, 4, 8, *range(20, 100, 20), *range(120, 400, 40), *range(400, 700, 80)]
+    later = (*range(20, 100, 20), *range(120, 400, 40), *range(400, 800, 80), *range(800, 1200, 160))
+    assert refreshed == [0, 1, 2, 4, 8, *later]
     assert all(is_due(t, 1) for t in range(50))

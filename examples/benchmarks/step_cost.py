@@ -58,7 +58,7 @@ def kind(t: int) -> str:
 
 
 KINDS = ("plain", "statistics", "refresh")
-_START, _END = [t for t in range(40 * CADENCE, 80 * CADENCE) if kind(t) == "refresh"][:2]  # periodic by then
+_START, _END = [t for t in range(80 * CADENCE, 160 * CADENCE) if kind(t) == "refresh"][:2]  # periodic by then
 SHARES = {name: n / (_END - _START) for name, n in Counter(map(kind, range(_START, _END))).items()}
 _STATISTICS = next(t for t in range(_START, _END) if kind(t) == "statistics")
 TIMED = range(_START, _STATISTICS + CADENCE)  # FishLeg's stretch: some of every kind, as they follow each other

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 CADENCE = 10  # steps between statistics where ``update_aux_every`` does not say
+_REFRESHES = ((1, 2), (10, 4), (40, 8), (80, 16))  # from which curvature step on, one in how many refreshes the bases
 
 
 class Due(NamedTuple):
@@ -37,8 +38,9 @@ def is_due(t: int, every: int) -> bool:
 def is_refresh(t: int, every: int) -> bool:
     """Tell whether a curvature step refreshes the bases: steps 0, 1, 2, 4 and 8 of the first ``every``; then fewer.
 
-    Every second curvature step from ``every`` on, every fourth from ``10 * every`` and every eighth from ``40 * every``
-    on. Statistics change ever more slowly, and a refresh is the one thing here that costs cubes of the sides.
+    Every second curvature step from ``every`` on, every fourth from ``10 * every``, every eighth from ``40 * every`` and
+    every sixteenth from ``80 * every`` on. Statistics change ever more slowly, and a refresh is the one thing here that
+    costs cubes of the sides.
 
     Args:
         t: Steps so far.
@@ -48,6 +50,5 @@ def is_refresh(t: int, every: int) -> bool:
         One arithmetic expression, as in :func:`is_due`.
     """
     first = every // (t + 1)  # zero from step ``every`` on
-    fourth, eighth = t // (10 * every), t // (40 * every)
-    later = (t // every) * (t % (2 * every) + fourth * (t % (4 * every)) + eighth * (t % (8 * every)))
-    return later + first * (t * (t - 1) * (t - 2) * (t - 4) * (t - 8)) == 0
+    misses = [(t // (start * every)) * (t % (period * every)) for start, period in _REFRESHES]
+    return sum(misses) + first * (t * (t - 1) * (t - 2) * (t - 4) * (t - 8)) == 0
