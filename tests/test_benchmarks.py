@@ -55,8 +55,8 @@ def test_step_cost_reports_ratios_memory_and_state(
 
 
 def test_step_cost_counts_a_period_of_the_schedule(step_cost: ModuleType) -> None:
-    assert step_cost.SHARES == {"plain": 72 / 80, "statistics": 7 / 80, "refresh": 1 / 80}
-    assert [step_cost.kind(t) for t in (400, 401, 410, 480)] == ["refresh", "plain", "statistics", "refresh"]
+    assert step_cost.SHARES == {"plain": 144 / 160, "statistics": 15 / 160, "refresh": 1 / 160}
+    assert [step_cost.kind(t) for t in (800, 801, 810, 960)] == ["refresh", "plain", "statistics", "refresh"]
 
 
 @pytest.mark.parametrize("arguments", [["--reps", "2"], ["--threads", "0"], ["--methods", "original"]])

@@ -38,9 +38,9 @@ def is_due(t: int, every: int) -> bool:
 def is_refresh(t: int, every: int) -> bool:
     """Tell whether a curvature step refreshes the bases: steps 0, 1, 2, 4 and 8 of the first ``every``; then fewer.
 
-    Every second curvature step from ``every`` on, every fourth from ``10 * every``, every eighth from ``40 * every`` and
-    every sixteenth from ``80 * every`` on. Statistics change ever more slowly, and a refresh is the one thing here that
-    costs cubes of the sides.
+    Every second curvature step from ``every`` on, every fourth from ``10 * every``, every eighth from ``40 * every``
+    and every sixteenth from ``80 * every`` on. Statistics change ever more slowly, and a refresh is the one thing here
+    that costs cubes of the sides.
 
     Args:
         t: Steps so far.
