@@ -265,3 +265,19 @@ def test_pruning_is_that_of_float32_rounded_once(kind: str, dtype: torch.dtype) 
     assert all(torch.equal(done.masks[name], mask) for name, mask in expected.masks.items())
     assert {p.dtype for p in low.parameters()} == {dtype}
     assert all(torch.equal(p, wide.get_parameter(name).to(dtype)) for name, p in low.named_parameters())
+
+
+def test_pruning_refuses_weights_that_would_overflow() -> None:
+    """Remove one of two weights that see the same input: the other would be twice as large."""
+    model = nn.Linear(2, 1, bias=False)
+    model.weight.data.fill_(4e4)
+    x = torch.linspace(-1, 1, 9)[:, None].expand(-1, 2)
+    inverse = ff.pruning.block_inverse(model, ff.likelihoods.Gaussian(), [(x, None)], damping=1e-6)
+    half = copy.deepcopy(model).half()
+    with pytest.raises(
+        FloatingPointError, match=r"weights of up to 8e\+04 in 'weight' must be finite in torch.float16"
+    ):
+        ff.pruning.prune(half, inverse, 0.5)
+    assert half.weight.tolist() == [[40000.0, 40000.0]]
+    ff.pruning.prune(model, inverse, 0.5)
+    assert sorted(model.weight.flatten().tolist()) == pytest.approx([0.0, 8e4], rel=1e-3)

@@ -170,6 +170,7 @@ def prune(
 
     Raises:
         ValueError: If an argument is out of its range or does not fit the model; nothing is changed.
+        FloatingPointError: If the compensation is not finite, or not in a parameter's dtype; nothing is changed.
 
     Example:
         >>> import torch
@@ -204,7 +205,15 @@ def prune(
             selection.choose_(kept, scores, {name: sizes[name] for name in members}, fraction)
         delta, increase, residual = _compensated(inverse, diagonal, original, _removed(inverse, kept), tol)
         weights = original + delta
-    for name, w in inverse.unflatten(weights).items():
+    rounded = {name: w.to(params[name].dtype) for name, w in inverse.unflatten(weights).items()}
+    for name, w in rounded.items():
+        if not w.isfinite().all():
+            largest = float(torch.linalg.vector_norm(weights, torch.inf))
+            raise FloatingPointError(
+                f"weights of up to {largest:.3g} in {name!r} must be finite in {w.dtype}; nothing was changed. Raise the "
+                "damping of the inverse, or prune the model in float32"
+            )
+    for name, w in rounded.items():
         params[name].copy_(w)
     given = {name: kept[name] for name in kept if name in names or name in (masks or {})}
     return Pruning(given, _sparsity(kept, names), increase, residual)
