@@ -274,9 +274,7 @@ def test_pruning_refuses_weights_that_would_overflow() -> None:
     x = torch.linspace(-1, 1, 9)[:, None].expand(-1, 2)
     inverse = ff.pruning.block_inverse(model, ff.likelihoods.Gaussian(), [(x, None)], damping=1e-6)
     half = copy.deepcopy(model).half()
-    with pytest.raises(
-        FloatingPointError, match=r"weights of up to 8e\+04 in 'weight' must be finite in torch.float16"
-    ):
+    with pytest.raises(FloatingPointError, match=r"weights of up to 8e.04 in 'weight' .* finite in torch.float16"):
         ff.pruning.prune(half, inverse, 0.5)
     assert half.weight.tolist() == [[40000.0, 40000.0]]
     ff.pruning.prune(model, inverse, 0.5)

@@ -210,8 +210,8 @@ def prune(
         if not w.isfinite().all():
             largest = float(torch.linalg.vector_norm(weights, torch.inf))
             raise FloatingPointError(
-                f"weights of up to {largest:.3g} in {name!r} must be finite in {w.dtype}; nothing was changed. Raise the "
-                "damping of the inverse, or prune the model in float32"
+                f"weights of up to {largest:.3g} in {name!r} must be finite in {w.dtype}; nothing was changed. Raise "
+                "the damping of the inverse, or prune the model in float32"
             )
     for name, w in rounded.items():
         params[name].copy_(w)
