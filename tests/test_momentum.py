@@ -99,3 +99,99 @@ def test_a_direction_in_float32_is_that_of_float64_after_refreshes(condition: fl
         paired(x, y)
     for k, p in alone._direction.items():
         assert_close(p.double(), paired._direction[k], 5e-4, k)
+
+
+def implied(step: FishLegStep) -> dict[str, torch.Tensor]:
+    return {k: m.clone() for k, m in step._averages.momentum().items()}
+
+
+def trained(steps: int = 15) -> tuple[FishLegStep, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    step, x, y = ff.fishlegify(model, ff.likelihoods.Gaussian()), torch.randn(20, 6), torch.randn(20, 3)
+    for _ in range(steps):
+        step(x, y)
+    return step, x, y
+
+
+def test_a_checkpoint_is_gone_back_to_from_a_q_that_overflows() -> None:
+    step, x, y = trained()
+    saved, model, before = step.state_dict(), copy.deepcopy(step.model.state_dict()), implied(step)
+    step(x, y)
+    step.q["0"].L.mul_(1e25)
+    with pytest.raises(FloatingPointError, match="direction"):
+        step(x, y)
+    step.load_state_dict(saved)
+    step.model.load_state_dict(model)
+    for k, m in implied(step).items():
+        assert torch.equal(m, before[k])
+
+
+@pytest.mark.parametrize("factor", [1e-20, 1e10, 1e20])
+def test_the_momentum_outlives_any_scale_of_q(factor: float) -> None:
+    step, x, y = trained()
+    before = implied(step)
+    for scale in (factor, 1 / factor):
+        step.q["0"].scale_(scale)
+        step.state_dict()  # an eager call
+    for k, m in implied(step).items():
+        assert_close(m, before[k], 1e-4, k)
+    step(x, y)
+
+
+def test_updates_of_q_between_steps_do_not_wear_the_momentum() -> None:
+    step, x, y = trained(25)
+    before = implied(step)
+    for _ in range(30):
+        step.update_aux(x, y)
+    for k, m in implied(step).items():
+        assert_close(m, before[k], 1e-6, k)
+
+
+@pytest.mark.parametrize("every", [None, 10])
+def test_a_group_added_after_q_was_written_keeps_the_momentum(every: int | None) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(20, 6)
+    first, last = list(model[0].parameters()), list(model[2].parameters())
+    likelihood = ff.likelihoods.Gaussian()
+    optimizer = ff.FishLeg(model, likelihood, params=first, update_aux_every=every)
+    for _ in range(15):
+        optimizer.zero_grad()
+        likelihood.nll(model(x), torch.zeros(20, 3)).backward()
+        optimizer.step()
+    before = implied(optimizer.fishleg)["0"]
+    optimizer.fishleg.q["0"].scale_(100.0)
+    optimizer.add_param_group({"params": last})
+    averages = optimizer.fishleg._averages
+    assert_close(averages.momentum()["0"], before, 1e-4)
+    assert_close(averages.p["0"], optimizer.fishleg.q["0"](before), 1e-4)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_a_compiled_step_that_is_skipped_keeps_the_momentum(backend: str) -> None:
+    torch._dynamo.reset()
+    step, x, y = trained(19)  # the next one refreshes
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    before = implied(step)
+    step.q["0"].L.mul_(1e25)
+    step.state_dict()  # an eager call: Q is taken up
+    compiled(x, y)
+    assert step.skipped == 1
+    step.q["0"].L.mul_(1e-25)
+    step.state_dict()
+    assert_close(implied(step)["0"], before["0"], 1e-4)
+
+
+@pytest.mark.parametrize("what", ["gather", "renew"])
+def test_what_fails_late_in_an_update_leaves_p(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, x, y = trained(20)
+    before = {k: t.clone() for k, t in step.state_dict().items() if isinstance(t, torch.Tensor)}
+
+    def fail(*args: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(step._averages if what == "renew" else step._curvature, what, fail)
+        step.update_aux(x, y)
+    after = step.state_dict()
+    assert [k for k, tensor in before.items() if not torch.equal(tensor, after[k])] == []

@@ -353,6 +353,8 @@ def all_patterns_match(argument: str, patterns: Iterable[str], names: Collection
 def group(values: Mapping[str, Any]) -> None:
     """Raise unless what a group of parameters holds is in its range; schedulers may set a rate of zero."""
     number("lr", float(values["lr"]), 0, math.inf, "use a small value such as 3e-2")
+    if values["weight_decay"] is None:
+        raise ValueError("weight_decay=None of a group must be a number >= 0; leave it out for the optimizer's own")
     number("weight_decay", float(values["weight_decay"]), 0, math.inf, "use 0 for none")
     if len(values["betas"]) != 1:
         raise ValueError(f"betas={values['betas']} must be one number, (beta,); use (0.9,)")

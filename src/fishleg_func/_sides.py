@@ -186,9 +186,11 @@ def _times_inverse(x: Tensor, matrix: Tensor) -> Tensor:
         matrix: K, positive definite up to rounding and to padded coordinates, which are zero: ``[..., n, n]``.
     """
     info = torch.finfo(matrix.dtype)
-    floor = 4 * info.eps * torch.linalg.matrix_norm(matrix, keepdim=True) + info.tiny
-    lower, failed = torch.linalg.cholesky_ex(matrix + floor * torch.eye(matrix.shape[-1]).to(matrix))
-    result = torch.cholesky_solve(x.mT, lower).mT
+    unit = matrix.abs().amax((-2, -1), keepdim=True).clamp(min=info.tiny)  # squares of large entries overflow
+    scaled, eye = matrix / unit, torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    floor = 4 * info.eps * torch.linalg.matrix_norm(scaled, keepdim=True) + info.tiny
+    lower, failed = torch.linalg.cholesky_ex(scaled + floor * eye)
+    result = torch.cholesky_solve((x / unit).mT, lower).mT
     return torch.where(failed[..., None, None] == 0, result, 0).contiguous()
 
 

@@ -195,6 +195,7 @@ class Engine:
             other: Where the state comes from.
             warm_up: Whether the schedule begins again, for the sake of blocks that are new.
         """
+        other._sync()
         self._t = 0 if warm_up else other._t
         mine, theirs = self._tensors(), other._tensors()
         for name, tensor in mine.items():
@@ -356,6 +357,7 @@ class Engine:
             tensor.copy_(state[name])
         self._t, self._updates = int(state["t"]), int(state["updates"])
         self._curvature.adopt()
+        self._averages.forget()
 
     def remove(self) -> None:
         """Take the hooks off the model, which is then as it was before ``fishlegify``."""

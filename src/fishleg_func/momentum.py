@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from ._trees import assign_, average_, checksum, dense, inner, total
@@ -39,7 +40,8 @@ class Momentum:
         self.p = {k: ts[0].new_zeros(curvature.q[k].shape) for k, ts in curvature.operators.items()}
         pairs = [k for k in self.p if before and (paired or not curvature.q[k].inverts)]
         self.m = {k: self.p[k].clone() for k in pairs}
-        self._held: dict[str, Tensor] = {}  # m where p is not finite, since Q was changed outside of a step
+        self._held: dict[str, Tensor] = {}  # m of blocks whose p was made anew since they took up a gradient
+        self._unsound: set[str] = set()  # those of them whose p was not finite then
 
     def momentum(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Return m by block, of all blocks or some: what is kept, or Q⁻¹ p; nothing where gradients meet Q first.
@@ -49,9 +51,22 @@ class Momentum:
         Args:
             names: The blocks.
         """
-        kept = self.m | self._held
-        wanted = (self.p if names is None else names) if self.before else ()
-        return {k: kept[k] if k in kept else self._curvature.unapply(k, self.p[k]) for k in wanted}
+        return {k: self._momentum(k) for k in (self.p if names is None else names)} if self.before else {}
+
+    def _momentum(self, name: str) -> Tensor:
+        if name in self.m:
+            return self.m[name]
+        held = self._held.get(name)
+        if held is not None and name not in self._unsound:
+            return held
+        m = self._curvature.unapply(name, self.p[name])
+        return m if held is None else torch.where(self.p[name].isfinite().all(), m, held)
+
+    def forget(self) -> None:
+        """Know of m what p says, since p has moved on; of a p that was not finite compiled code cannot tell."""
+        if self._held:
+            self._unsound = self._unsound if torch.compiler.is_compiling() else set()
+            self._held = {k: m for k, m in self._held.items() if k in self._unsound}
 
     def average(
         self, loss: Tensor, g: Mapping[str, Packed], ok: Tensor | None
@@ -70,22 +85,18 @@ class Momentum:
             FloatingPointError: If the direction is not finite; nothing is changed (eager only).
         """
         qg = self.applied(g)
-        sums = checksum({k: self.p[k] for k in self._held} or qg)
+        sums = checksum(qg | {f"{k}, as it was": self.p[k] for k in self._unsound})
         ok = both(ok, require_finite(loss, sums, _WHAT))
         if self._nesterov:
             qg = {k: dense(x) for k, x in qg.items()}  # once, for p and for the direction
+            ahead = {k: dense(qg[k]).lerp(self.p[k], self._beta(k).square()) for k in g}  # before anything is written
         for k in g:
             weight = 1 - self._beta(k)
             if k in self.m:
                 average_(self.m[k], g[k], weight, ok)
             average_(self.p[k], qg[k], weight, ok)
-        return self._ahead(g, qg), ok
-
-    def _ahead(self, g: Mapping[str, Packed], qg: Mapping[str, Packed]) -> Mapping[str, Tensor]:
-        """Return the direction of the blocks that have a gradient, from p and Q g."""
-        if self._nesterov:
-            return {k: dense(qg[k]).lerp(self.p[k], self._beta(k)) for k in g}
-        return {k: self.p[k] for k in g}
+        self.forget()
+        return (ahead if self._nesterov else {k: self.p[k] for k in g}), ok
 
     def predicted(self, g: Mapping[str, Packed], direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
         r"""Return :math:`p^\top Q^{-1} p` of a direction p by block, 0-d; g is the gradient that it was made of."""
@@ -127,6 +138,7 @@ class Momentum:
                 moved = carries[k](self.p[k])
                 new_p[k] = moved.lerp(qg[k], 1 - self._beta(k)) if k in g else moved
         ok = both(learned.ok, require_finite(loss, total(checksum(x) for x in (new_p, qg) if x), _WHAT))
+        ahead = {k: qg[k].lerp(new_p[k], self._beta(k)) for k in g} if self._nesterov else {k: self.p[k] for k in g}
         for k, kept in self.m.items():
             if k in new_m:
                 assign_(kept, new_m[k], ok)
@@ -134,9 +146,8 @@ class Momentum:
                 average_(kept, g[k], 1 - self._beta(k), ok)
         for k, p in self.p.items():
             assign_(p, new_p[k], ok)
-        if self._held:
-            self._held.clear()
-        return self._ahead(g, qg), ok
+        self.forget()
+        return ahead, ok
 
     def applied(self, g: Mapping[str, Packed]) -> dict[str, Packed]:
         """Return Q g by block."""
@@ -152,6 +163,5 @@ class Momentum:
         """
         for k, momentum in m.items():
             self.p[k].copy_(dense(self._curvature.apply(k, momentum)))
-            self._held.pop(k, None)
-            if not self.p[k].sum().isfinite():
-                self._held[k] = momentum
+            self._held[k] = momentum
+            (self._unsound.discard if self.p[k].sum().isfinite() else self._unsound.add)(k)

@@ -41,7 +41,9 @@ def nystrom(
         columns = slice(start, start + _COLUMNS)
         sketch[:, columns] = multiply(probes[:, columns])
     info = torch.finfo(like.dtype)
-    shift = (info.eps * torch.linalg.matrix_norm(sketch)).clamp(min=info.tiny)  # A may be zero
+    unit = sketch.abs().max().clamp(min=info.tiny)  # A may be zero; squares of large entries overflow
+    sketch /= unit
+    shift = (info.eps * torch.linalg.matrix_norm(sketch)).clamp(min=info.tiny)
     sketch += shift * probes
     core = (probes.mT @ sketch).double()
     values, vectors = torch.linalg.eigh((core + core.mT) / 2)
@@ -49,7 +51,7 @@ def nystrom(
     sketch = sketch @ inverse_root.to(like.dtype)
     del probes  # memory: the factorization takes some times that of the sketch
     left, singular, _ = torch.linalg.svd(sketch, full_matrices=False)
-    return _orthonormal(left), (singular.square() - shift).clamp(min=0)
+    return _orthonormal(left), unit * (singular.square() - shift).clamp(min=0)
 
 
 def _orthonormal(vectors: Tensor) -> Tensor:

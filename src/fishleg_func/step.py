@@ -37,7 +37,8 @@ class FishLegStep(Engine):
 
     Attributes:
         model: The model that is trained.
-        q: Q module of each block, by name. What is written into one is taken up by the next eager call.
+        q: Q module of each block, by name. What is written into its parameters and buffers is taken up by the next
+            eager call.
         hyper: Hyperparameters, a :class:`Hyper` of 0-d tensors.
         skipped: 0-d tensor: compiled steps skipped, and auxiliary updates left out, for non-finite numbers.
     """
@@ -139,11 +140,11 @@ class FishLegStep(Engine):
                 u = self._probe(source, g) if self._learns else None
                 prepared = self._curvature.prepare(batch, u, self._noise, refresh=refresh, ok=None, save=save)
                 batch.let_go()
-                save(self._curvature.movable())
+                save([*self._curvature.movable(), *self._direction.values()])
                 m = self._averages.momentum() if any(p.any() for p in self._direction.values()) else {}
                 value = self._curvature.move(prepared).value
                 self._curvature.gather(prepared)
-        self._averages.renew(m)
+                self._averages.renew(m)
         self._updates += 1
         self._noise.advance_()
         return value
