@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from cases import CASES, LIKELIHOODS, assert_close, randn, targets_for
+from cases import CASES, LIKELIHOODS, assert_close, randn, randomize_q_, targets_for
 from torch import nn
 
 import fishleg_func as ff
 from fishleg_func._opaque import LONG
+from fishleg_func.families import FAMILIES
 from fishleg_func.momentum import Momentum
 from fishleg_func.step import FishLegStep
 
@@ -56,6 +57,20 @@ def test_q_is_undone(shape: tuple[int, ...], max_dim: int) -> None:
         q.gather_(randn(*shape, seed=i))
     q.refresh_(torch.tensor(0.1, dtype=torch.float64))
     q.L.add_(0.1 * randn(*q.L.shape, seed=5) / q.L.shape[-1])
+    m = randn(*shape, seed=9)
+    v = q.act(q.operator(), m)
+    assert isinstance(v, torch.Tensor)
+    assert_close(q.unact(q.operator(), v), m, 1e-9)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 2, 3)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_q_of_every_family_is_undone(family: str, shape: tuple[int, ...]) -> None:
+    q = FAMILIES[family](shape, dtype=torch.float64)
+    for i in range(4):
+        q.gather_(randn(*shape, seed=i))
+    q.refresh_(torch.tensor(0.1, dtype=torch.float64))
+    randomize_q_(q)
     m = randn(*shape, seed=9)
     v = q.act(q.operator(), m)
     assert isinstance(v, torch.Tensor)

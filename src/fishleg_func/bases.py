@@ -141,7 +141,7 @@ class KFAC(Kronecker):
     def chains(self) -> tuple[Chain, Chain]:
         return (self.C_L, self.L), (self.C_R, self.R.mT)
 
-    def unact(self, operator: Roots, v: Tensor) -> Tensor:
+    def unact(self, operator: Roots, v: Tensor) -> Tensor:  # zero where Q is singular to rounding
         K_L, K_R = operator
         return self.right.solve(self.left.solve(v, K_L).mT, K_R).mT
 

@@ -96,7 +96,7 @@ class Curvature:
         return self.q[name].act(self.operators[name], u)
 
     def unapply(self, name: str, v: Tensor) -> Tensor:
-        """Return Q⁻¹ v for one block, whose family has ``inverts``."""
+        """Return Q⁻¹ v for one block."""
         return self.q[name].unact(self.operators[name], v)
 
     def prepare(

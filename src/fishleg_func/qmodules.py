@@ -54,7 +54,7 @@ class QModule(nn.Module, ABC):
 
     takes_rows = False  # whether gather_ is better served with factors over rows than with a dense gradient
     scale_free = False  # whether λ can learn the shape of Q alone: its rule moves whole matrices
-    inverts = False  # whether Q⁻¹ v can be had from what Q is applied with
+    inverts = False  # whether unact costs no more than some products with Q, so that m need not be kept
     keeps_factors = False  # whether Q of a factored matrix is factored, and moves of λ cost less for it
     shape: tuple[int, ...]
     count: Tensor
@@ -141,16 +141,18 @@ class QModule(nn.Module, ABC):
         """
 
     def unact(self, operator: Roots, v: Tensor) -> Tensor:
-        """Return Q⁻¹ v, in families that have ``inverts``.
+        """Return Q⁻¹ v: by default from the matrix, for small shapes.
 
         Args:
             operator: From :meth:`operator`.
             v: Packed matrix, dense.
 
         Returns:
-            A tensor of the packed shape, up to rounding; zero where Q is singular to rounding.
+            A tensor of the packed shape, up to rounding.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no unact, and must then not have inverts = True")
+        matrix = self._matrix(lambda u: self.act(operator, u))
+        solution: Tensor = torch.linalg.solve(matrix, v.reshape(-1))
+        return solution.view(v.shape)
 
     @abstractmethod
     def relative(self, operator: Roots, u: Packed, v: Packed, w: Packed) -> Gradients:
@@ -196,10 +198,14 @@ class QModule(nn.Module, ABC):
 
     def dense(self) -> Tensor:
         """Return Q as a matrix on the row-major flattening of the packed shape, for small shapes."""
+        return self._matrix(self.forward)
+
+    def _matrix(self, apply: Callable[[Tensor], Packed]) -> Tensor:
+        """Return the matrix of a linear map of packed matrices."""
         size = math.prod(self.shape)
         like = next(self.parameters())
         basis = torch.eye(size, dtype=like.dtype, device=like.device).view(size, *self.shape)
-        return dense(self.forward(basis)).reshape(size, size).mT
+        return dense(apply(basis)).reshape(size, size).mT
 
     def logdet(self) -> Tensor:
         """Return the logarithm of the determinant of Q, a 0-d tensor: by default from the matrix, for small shapes."""
