@@ -8,7 +8,8 @@ All methods start from the same parameters, see the same batches in the same ord
 to zero over the budget. "fishleg" runs at its defaults. All others, and "fishleg-tuned", run over a grid of peak rates
 with the first seed; while the best is at an end of the grid, the grid is extended there. The best by the final test
 loss runs with the other seeds, too. "kfac" is FishLeg that never updates λ. A method may be followed by arguments of
-fishlegify. Only training is timed, not evaluation; with --workers 2 two runs share the machine, a core each.
+fishlegify. Only training is timed, not evaluation, and a GPU is waited for only where that begins; with --workers 2 two
+runs share the machine, a core each.
 
 What is in the JSON file already is not run again, so that a race that was cut short goes on where it stopped.
 """
@@ -70,6 +71,7 @@ class Config:
     seeds: int
     workers: int
     threads: int  # of each worker
+    device: str  # "cpu" or "cuda"
     original: Path | None
     json: Path | None
     plot: Path | None
@@ -148,6 +150,7 @@ def parse(argv: Sequence[str] | None) -> Config:
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of each run (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--original", type=Path, help="a checkout of github.com/mtkresearch/FishLeg")
     parser.add_argument("--json", type=Path, help="file of the runs: read where it exists, written after each")
     parser.add_argument("--plot", type=Path, help="file of the picture")
@@ -239,7 +242,7 @@ def write(config: Config, runs: Mapping[Key, Run]) -> None:
 
 def facts(config: Config) -> dict[str, Any]:
     """Return what all runs of a file have in common."""
-    names = ("task", "budget", "batch_size", "threads", "workers")
+    names = ("task", "budget", "batch_size", "threads", "workers", "device")
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     defaults = {name: value for name, value in DEFAULTS.items() if name not in ("model", "likelihood")}
     return {name: getattr(config, name) for name in names} | versions | {"fishleg": repr(defaults)}
@@ -252,9 +255,12 @@ def train(config: Config, method: str, rate: float, seed: int) -> Run:
     """Train from the seed's start over the seed's batches, the rate falling linearly to zero over the budget."""
     torch.set_num_threads(config.threads)
     task = TASKS[config.task]
-    split = task.load()
+    split = on(task.load(), config.device)
     inputs, targets = split.train
-    model, racer = enter(task, method, seed, config.original)
+    if config.device == "cuda":  # a step of a twin, so that loading the libraries of a GPU is not timed
+        enter(task, method, seed, config)[1].step(inputs[: config.batch_size], targets[: config.batch_size])
+        torch.cuda.synchronize()
+    model, racer = enter(task, method, seed, config)
     batches = len(inputs) // config.batch_size
     total = round(config.budget * batches)
     marks = {round(total * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
@@ -262,7 +268,7 @@ def train(config: Config, method: str, rate: float, seed: int) -> Run:
     seconds, points = 0.0, [evaluate(task, model, split, 0, 0.0)]
     for step in range(total):
         if step % batches == 0:
-            shuffled = torch.randperm(len(inputs), generator=order)
+            shuffled = torch.randperm(len(inputs), generator=order).to(config.device)
         chosen = shuffled[step % batches * config.batch_size :][: config.batch_size]
         batch = inputs[chosen], targets[chosen]
         racer.set_rate(rate * (1 - step / total))
@@ -271,6 +277,8 @@ def train(config: Config, method: str, rate: float, seed: int) -> Run:
             racer.step(*batch)
         except FloatingPointError:  # FishLeg refuses
             return Run(method, rate, seed, (*points, Point(step, seconds, math.inf, math.inf)))
+        if step + 1 in marks and config.device == "cuda":
+            torch.cuda.synchronize()
         seconds += time.perf_counter() - began
         if step + 1 in marks:
             points.append(evaluate(task, model, split, step + 1, seconds))
@@ -279,16 +287,21 @@ def train(config: Config, method: str, rate: float, seed: int) -> Run:
     return Run(method, rate, seed, tuple(points))
 
 
-def enter(task: Task, method: str, seed: int, original: Path | None) -> tuple[nn.Module, Contender]:
+def on(split: Split, device: str) -> Split:
+    """Return the examples on a device."""
+    return Split(*(tuple(x.to(device) for x in part) for part in (split.train, split.test)))
+
+
+def enter(task: Task, method: str, seed: int, config: Config) -> tuple[nn.Module, Contender]:
     """Return the seed's model, and the method ready to train it."""
     name, arguments = settings(method)
     problem = task.problem(seed)
-    model = problem.make()
+    model = problem.make().to(config.device)
     if name == "kfac":
         arguments = {"update_aux_every": 0, **arguments}
     if name in OWN:
         return model, make_fishleg(problem, model, **arguments)
-    return model, contender(name, problem, model, original)
+    return model, contender(name, problem, model, config.original)
 
 
 @torch.no_grad()
