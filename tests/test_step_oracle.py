@@ -380,7 +380,7 @@ IDENTITIES: dict[str, Callable[..., object]] = {
     "_move": lambda *_: None,  # θ stays
     "move": lambda self, prepared: Learned(torch.zeros(()), dict.fromkeys(self.q, lambda p: p), None),  # λ stays
     "apply": lambda _self, _name, u: u,  # Q = I
-    "_step_scales": lambda self, *_: dict.fromkeys(self.q, torch.ones(())),  # s(p) = p
+    "_step_scales": lambda self, *_: torch.ones(len(self.q)),  # s(p) = p
 }
 
 

@@ -29,6 +29,10 @@ class Split:
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
 
+    def to(self, device: str) -> "Split":
+        """Return them on a device."""
+        return Split(*((x.to(device), y.to(device)) for x, y in (self.train, self.test)))
+
 
 @dataclass(frozen=True)
 class Task:

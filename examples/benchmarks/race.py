@@ -255,7 +255,7 @@ def train(config: Config, method: str, rate: float, seed: int) -> Run:
     """Train from the seed's start over the seed's batches, the rate falling linearly to zero over the budget."""
     torch.set_num_threads(config.threads)
     task = TASKS[config.task]
-    split = on(task.load(), config.device)
+    split = task.load().to(config.device)
     inputs, targets = split.train
     if config.device == "cuda":  # a step of a twin, so that loading the libraries of a GPU is not timed
         enter(task, method, seed, config)[1].step(inputs[: config.batch_size], targets[: config.batch_size])
@@ -285,11 +285,6 @@ def train(config: Config, method: str, rate: float, seed: int) -> Run:
             if not math.isfinite(points[-1].test_loss):
                 return Run(method, rate, seed, (*points[:-1], Point(step + 1, seconds, math.inf, math.inf)))
     return Run(method, rate, seed, tuple(points))
-
-
-def on(split: Split, device: str) -> Split:
-    """Return the examples on a device."""
-    return Split(*(tuple(x.to(device) for x in part) for part in (split.train, split.test)))
 
 
 def enter(task: Task, method: str, seed: int, config: Config) -> tuple[nn.Module, Contender]:

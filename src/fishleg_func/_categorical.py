@@ -133,8 +133,8 @@ class Categorical(Likelihood):
             )
 
     def check_values(self, outputs: Tensor, targets: Tensor) -> None:
-        labels = targets[targets != self.ignore_index]
-        _checks.in_range("Categorical targets", labels, 0, outputs.shape[-1] - 1, "class numbers, or ignore_index")
+        kept, last = targets != self.ignore_index, outputs.shape[-1] - 1
+        _checks.in_range("Categorical targets", targets, kept, 0, last, "class numbers, or ignore_index")
 
     def _arguments(self) -> dict[str, Any]:
         weight = {} if self.class_weights is None else {"weight": self.class_weights}

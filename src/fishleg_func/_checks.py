@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -126,10 +126,10 @@ def choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(repr(a) for a in allowed)}")
 
 
-def in_range(name: str, values: Tensor, low: float, high: float, remedy: str) -> None:
-    """Raise ValueError unless all ``values`` are in [low, high]; NaN is left to the check of the loss."""
-    if values.numel() and bool(((values < low) | (values > high)).any()):
-        seen = f"[{values.min().item():g}, {values.max().item():g}]"
+def in_range(name: str, values: Tensor, kept: Tensor, low: float, high: float, remedy: str) -> None:
+    """Raise ValueError unless all ``values`` that are kept are in [low, high]; NaN is left to the check of the loss."""
+    if bool((((values < low) | (values > high)) & kept).any()):
+        seen = f"[{values[kept].min().item():g}, {values[kept].max().item():g}]"
         raise ValueError(f"{name} in {seen} must be in [{low:g}, {high:g}]; {remedy}")
 
 
@@ -225,18 +225,19 @@ def same_buffers(buffers: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> No
         )
 
 
-def finite_step(loss: Tensor, checksum: Tensor, what: str) -> None:
-    """Raise FloatingPointError unless the loss and a checksum are finite."""
-    value = loss.item()
-    if not math.isfinite(value):
+def finite_step(loss: Tensor | None, checksum: Tensor, what: Callable[[], str]) -> None:
+    """Raise FloatingPointError unless the loss, where it is known, and a checksum are finite."""
+    *value, checked = torch.stack([x.double() for x in (loss, checksum) if x is not None]).tolist()  # read at once
+    if not all(map(math.isfinite, value)):
         raise FloatingPointError(
-            f"loss={value} must be finite; nothing was changed. Look for NaN or Inf in inputs and targets, "
+            f"loss={value[0]} must be finite; nothing was changed. Look for NaN or Inf in inputs and targets, "
             "or for a batch whose targets are all masked, or lower lr"
         )
-    if not math.isfinite(checksum.item()):
+    if not math.isfinite(checked):
+        at = "".join(f" at loss={x:g}" for x in value)
         raise FloatingPointError(
-            f"{what} is NaN or Inf at loss={value:g} and must be finite; nothing was changed. Look for overflow in "
-            "the backward pass (sqrt or log at 0, division by 0), lower lr, or raise damping"
+            f"{what()} is NaN or Inf{at} and must be finite; nothing was changed. Look for overflow in the backward "
+            "pass (sqrt or log at 0, division by 0), lower lr, or raise damping"
         )
 
 

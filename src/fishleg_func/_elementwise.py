@@ -116,7 +116,7 @@ class Elementwise(Likelihood):
         if self.support is not None:
             low, high = self.support
             meant = f"{self.remedy}; the order is nll(outputs, targets)"
-            _checks.in_range(f"{type(self).__name__} targets", targets[self.kept(targets)], low, high, meant)
+            _checks.in_range(f"{type(self).__name__} targets", targets, self.kept(targets), low, high, meant)
 
     remedy = ""  # what targets outside of the support should be
 

@@ -42,7 +42,7 @@ class Noise:
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        self.counter = torch.tensor(_signed(seed * _SALT), dtype=torch.int64, device=device)
+        self.counter = torch.full((), _signed(seed * _SALT), dtype=torch.int64, device=device)
 
     def fork(self, salt: int) -> Noise:
         """Return an independent source for one purpose, a pure function of the counter and ``salt``."""

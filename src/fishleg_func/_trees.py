@@ -129,16 +129,15 @@ opaque_average_product_ = opaque(
 )(average_product_)
 
 
-def descend_(target: Tensor, keep: Tensor, direction: Tensor, rate: Tensor, ok: Tensor | None) -> None:
-    """Write ``keep * target - rate * direction``, keep and rate 0-d; with ``ok`` only where it is true.
+def descend_(target: Tensor, keep: Tensor | None, direction: Tensor, rate: Tensor, ok: Tensor | None) -> None:
+    """Write ``keep * target - rate * direction``, both 0-d, keep one by default; with ``ok`` only where it is true.
 
     A target of lower precision than the direction is rounded once.
     """
-    if target.dtype != direction.dtype:
-        assign_(target, keep * target.to(direction.dtype) - rate * direction, ok)
-    elif ok is None:
-        if not readable(keep) or keep != 1:
+    if ok is None and target.dtype == direction.dtype:
+        if keep is not None:
             target.mul_(keep)
         target.addcmul_(direction, rate, value=-1)
     else:
-        assign_(target, keep * target - rate * direction, ok)
+        wide = target.to(direction.dtype)
+        assign_(target, (wide if keep is None else keep * wide) - rate * direction, ok)

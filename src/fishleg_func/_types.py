@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -172,6 +172,11 @@ class Groups:
     def beta(self, block: str) -> Tensor:
         """Return the decay of a block's momentum, 0-d."""
         return self.hypers[self.of_block[block]].beta
+
+    def from_beta(self, function: Callable[[Tensor], Tensor], blocks: Iterable[str]) -> dict[str, Tensor]:
+        """Return a function of β by block, 0-d, called once for each group."""
+        values = [function(hyper.beta) for hyper in self.hypers]
+        return {block: values[self.of_block[block]] for block in blocks}
 
 
 class Accuracy(NamedTuple):

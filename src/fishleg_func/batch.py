@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -48,11 +48,13 @@ class Runner:
         self.unhooked: frozenset[str] = frozenset()  # layers whose hooks do not fire, or do not tell the whole gradient
         self._verified: set[tuple[Any, ...]] = set()  # kinds of inputs at which it was compared with autograd
         self._traits = _checks.traits(model)
+        names = [name for block in plan.blocks for name in block.names.values()]
+        self._owners = {name: _owner(model, name) for name in names}
 
-    def params(self) -> Params:
-        """Return the trained parameters, resolved by name now, so that replaced ones are found."""
-        every = dict(self.model.named_parameters())
-        return {name: every[name].detach() for block in self.plan.blocks for name in block.names.values()}
+    def params(self, without: Collection[str] = ()) -> Params:
+        """Return the trained parameters but for some, looked up in their modules now: replaced ones are found."""
+        wanted = {name: owner for name, owner in self._owners.items() if name not in without}
+        return {name: getattr(module, local).detach() for name, (module, local) in wanted.items()}
 
     def check(self) -> None:
         """Raise RuntimeError unless the model is the one that was planned for."""
@@ -102,8 +104,7 @@ class Runner:
     ) -> Batch:
         slots = {name: calls for name, calls in slots.items() if name not in self.unhooked}
         hooked = {name for b in self.plan.blocks if b.name in slots for name in b.names.values()}
-        direct = {name: p for name, p in self.params().items() if name not in hooked}
-        lin, seen = self.capture.linearize(inputs, direct, slots, twice=twice)
+        lin, seen = self.capture.linearize(inputs, self.params(hooked), slots, twice=twice)
         if not torch.compiler.is_compiling() and seen.keys() != slots.keys():
             raise StaleSlots(
                 f"the layers {sorted(slots.keys() - seen.keys())} were called just before, and now are not"
@@ -160,6 +161,12 @@ def _differ(captured: Tensor, truth: Tensor, dtype: torch.dtype) -> bool:
     return not bool(torch.linalg.vector_norm(captured - truth) <= tolerance)
 
 
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that holds a parameter, and its name there."""
+    path, _, local = name.rpartition(".")
+    return model.get_submodule(path), local
+
+
 class Batch:
     """A batch after its forward pass; made by :meth:`Runner.run`.
 
@@ -186,7 +193,7 @@ class Batch:
         self._twice = twice
         self._runner, self._inputs, self._targets, self._lin, self._packing = runner, inputs, targets, lin, packing
         self.buffers = lin.buffers
-        self._loss_and_gradient: tuple[Tensor, dict[str, Packed], Tensor] | None = None
+        self._loss_and_gradient: tuple[Tensor | None, dict[str, Packed]] | None = None
         self._pulled: Any = None  # what the gradient was packed from, until the probe is
         self._probe: dict[str, Packed] | None = None
         self.likelihood = runner.likelihood_for(lin.outputs, targets)
@@ -203,21 +210,19 @@ class Batch:
         """Whether there are targets, or what a backward pass has told."""
         return self._targets is not None or self._cotangent is not None
 
-    def gradient(self) -> tuple[Tensor, dict[str, Packed], Tensor]:
-        """Return the loss, zero where it is not known, its gradient by block, and its checksum; computed once."""
+    def gradient(self) -> tuple[Tensor | None, dict[str, Packed]]:
+        """Return the loss, where it is known, and its gradient by block; computed once."""
         if self._loss_and_gradient is None:
             self._loss_and_gradient = self._gradient()
         return self._loss_and_gradient
 
-    def _gradient(self) -> tuple[Tensor, dict[str, Packed], Tensor]:
-        if self._cotangent is None:
+    def _gradient(self) -> tuple[Tensor | None, dict[str, Packed]]:
+        cotangent, loss = self._cotangent, None
+        if cotangent is None:
             cotangent, loss = torch.func.grad_and_value(self.likelihood.nll)(self._lin.outputs, self._targets)  # type: ignore[arg-type]
-        else:
-            cotangent, loss = self._cotangent, torch.zeros_like(self._lin.outputs[:1].sum())
         pullback = self._lin.shared if self._twice else self._lin.pullback
         self._pulled = pullback(cotangent)
-        g = self._packing.gradients(self._pulled)
-        return loss, g, checksum(g)
+        return loss, self._packing.gradients(self._pulled)
 
     def let_go(self) -> None:
         """Drop the model's graph and what its layers saw, once all products and the gradient have been made of them."""
@@ -236,7 +241,7 @@ class Batch:
 
     def probe(self, q: Mapping[str, QModule]) -> dict[str, Packed]:
         """Return the gradient as a probe for λ, in long layers estimated from some of its rows."""
-        _, g, _ = self.gradient()
+        _, g = self.gradient()
         if self._probe is None:
             self._probe = self._packing.probe(self._pulled, g, q)
             self._pulled = None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _checks, auxiliary
 from ._noise import Noise
@@ -78,6 +78,7 @@ class Curvature:
         self.losses = scalar.new_full((1 + len(self.q),), torch.nan)
         self._level = scalar.new_zeros(2)  # of the Fisher of the outputs: running mean, largest
         self._count = torch.zeros((), dtype=torch.int64, device=scalar.device)  # of the batches in it
+        self._modules = {k: list(q.modules()) for k, q in self.q.items()}
         self._versions = self._tensor_versions()
 
     def dampings(self) -> list[Tensor]:
@@ -126,7 +127,7 @@ class Curvature:
             FloatingPointError: If a statistic is not finite, before anything is changed (eager only).
         """
         statistics, level, checksum, any_terms = batch.random_gradient(self.q, noise.fork(1))
-        ok = both(ok, require_finite(torch.zeros_like(checksum), checksum, "a statistic of the Fisher"))
+        ok = both(ok, require_finite(None, checksum, lambda: "a statistic of the Fisher"))
         gather = ok if self._options.aux_batch_size is None else both(ok, any_terms)  # a part may be all masked
         if refresh:
             save([self._level, self._count])
@@ -222,7 +223,10 @@ class Curvature:
         return [t for t in self.operators[name] if all(t is not b for b in self.q[name].buffers())]
 
     def _tensor_versions(self) -> dict[str, list[int]]:
-        return {k: [t._version for t in (*q.parameters(), *q.buffers())] for k, q in self.q.items()}
+        def versions(module: nn.Module) -> list[int]:
+            return [t._version for of in (module._parameters, module._buffers) for t in of.values() if t is not None]
+
+        return {k: [v for module in modules for v in versions(module)] for k, modules in self._modules.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state by name: λ, bases, statistics, operators, the rule's moments; the tensors themselves."""
@@ -239,12 +243,24 @@ def _stay(p: Tensor) -> Tensor:
     return p
 
 
-def require_finite(loss: Tensor, checksum: Tensor, what: str) -> Tensor | None:
-    """Raise in eager code where a number is not finite; in compiled code return whether all are, as a tensor."""
+def require_finite(loss: Tensor | None, checksum: Tensor, what: Callable[[], str]) -> Tensor | None:
+    """Raise in eager code where a number is not finite; in compiled code return whether all are, as a tensor.
+
+    Args:
+        loss: The loss, where it is known.
+        checksum: Finite only if all else is.
+        what: Returns what that is, for the error.
+
+    Returns:
+        A 0-d bool, or ``None`` in eager code.
+
+    Raises:
+        FloatingPointError: If a number is not finite (eager only).
+    """
     if not torch.compiler.is_compiling():
         _checks.finite_step(loss, checksum, what)
         return None
-    return loss.isfinite() & checksum.isfinite()
+    return checksum.isfinite() if loss is None else loss.isfinite() & checksum.isfinite()
 
 
 def both(ok: Tensor | None, more: Tensor | None) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from . import _checks, auxiliary
 from ._noise import Noise
-from ._trees import assign_, dense, descend_, inverse_or_zero, total
+from ._opaque import readable
+from ._trees import assign_, checksum, dense, descend_, inverse_or_zero, total
 from ._types import Groups, Hyper, Inputs, Options, Packed, Params
 from .batch import Batch, Runner
 from .capture import restored_on_error, tensors_restored_on_error
 from .curvature import Curvature, require_finite
 from .likelihoods import Likelihood
-from .momentum import Momentum
+from .momentum import A_GRADIENT, Direction, Momentum
 from .qmodules import QModule
 from .schedule import CADENCE, Due, is_due, is_refresh
 from .transform import Plan
@@ -27,8 +28,8 @@ from .transform import Plan
 class Gradient(Protocol):
     """Where a step's gradient comes from: a batch, or what a backward pass has left in the parameters."""
 
-    def gradient(self) -> tuple[Tensor, Mapping[str, Packed], Tensor]:
-        """Return the loss, its gradient by block, and a checksum."""
+    def gradient(self) -> tuple[Tensor | None, Mapping[str, Packed]]:
+        """Return the loss, where it is known, and its gradient by block."""
 
     def probe(self, q: Mapping[str, QModule]) -> Mapping[str, Packed]:
         """Return the gradient of every block as a probe for λ."""
@@ -55,6 +56,7 @@ class Engine:
         paired = not self._moves_rarely or options.u == "momentum" or options.step_norm == "kl"
         self._averages = Momentum(self._curvature, options.momentum, paired=paired)
         self._direction = self._averages.p
+        self._targets = hyper.lr.new_tensor([block.target_norm() for block in blocks])
         self._lengths = hyper.lr.new_full((3, len(self.q)), torch.nan)  # of the last step: η, s(p) / p, and ‖p‖
         self._noise, self._meter = Noise(seed, runner.device), Noise(~seed, runner.device)  # of training, of accuracy()
         self._t = 0  # steps so far
@@ -178,9 +180,7 @@ class Engine:
         """
         self._sync()
         with restored_on_error(self.model):
-            loss, _, checksum = source.gradient()
-            require_finite(loss, checksum, "a gradient")
-            self._advance(source, batch_for_q, self._due(), None)
+            self._advance(source, batch_for_q, self._due())
         self._t += 1
 
     def check(self) -> None:
@@ -218,39 +218,40 @@ class Engine:
         refresh = statistics and is_refresh(self._t, every or CADENCE)
         return Due(statistics, refresh, self._learns and (refresh if self._moves_rarely else statistics))
 
-    def _advance(
-        self, source: Gradient, batch_for_q: Callable[[], Batch], due: Due, ok: Tensor | None
-    ) -> Tensor | None:
+    def _advance(self, source: Gradient, batch_for_q: Callable[[], Batch], due: Due) -> Tensor | None:
         """Take the step: update Q where that is due, average, write the parameters.
 
         Args:
-            source: The gradient, known to be finite.
+            source: The gradient.
             batch_for_q: Returns where the Fisher is taken.
             due: From :meth:`_due`.
-            ok: In compiled code, whether to change anything.
 
         Returns:
-            ``ok``, with what was found on the way.
+            In compiled code, whether anything was changed.
+
+        Raises:
+            FloatingPointError: If something is not finite; nothing is changed (eager only).
         """
-        loss, g, _ = source.gradient()
+        loss, g = source.gradient()
         if due.statistics:
-            p, ok = self._update_q(source, batch_for_q, due, ok)
+            (p, norms), ok = self._update_q(source, batch_for_q, due)
         else:
-            p, ok = self._averages.average(loss, g, ok)
-        norms = {k: torch.linalg.vector_norm(direction) for k, direction in p.items()}
-        scales = self._step_scales(p, g, norms)
-        self._move(p, scales, ok)
-        self._note(scales, norms, ok)
+            (p, norms), ok = self._averages.average(loss, g, None)
+        moving = list(p)
+        scales = self._step_scales(moving, p, g, norms)
+        self._move(moving, p, scales, ok)
+        self._note(moving, scales, norms, ok)
         if ok is not None:
             self.skipped.add_((~ok).long())
         self._noise.advance_()
         return ok
 
     def _update_q(
-        self, source: Gradient, batch_for_q: Callable[[], Batch], due: Due, ok: Tensor | None
-    ) -> tuple[Mapping[str, Tensor], Tensor | None]:
+        self, source: Gradient, batch_for_q: Callable[[], Batch], due: Due
+    ) -> tuple[Direction, Tensor | None]:
         """Update Q and its statistics, and the averages; what is written is undone if anything raises."""
-        loss, g, _ = source.gradient()
+        loss, g = source.gradient()
+        ok = require_finite(loss, checksum(g), lambda: A_GRADIENT)
         u = self._probe(source, g) if due.learn else None
         batch = batch_for_q()
         with tensors_restored_on_error() as save:
@@ -276,38 +277,45 @@ class Engine:
         return source.probe(self.q)
 
     def _step_scales(
-        self, p: Mapping[str, Tensor], g: Mapping[str, Packed], norms: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Return s(p) / p of each block that moves, a 0-d tensor."""
+        self, moving: Sequence[str], p: Mapping[str, Tensor], g: Mapping[str, Packed], norms: Tensor
+    ) -> Tensor:
+        """Return s(p) / p of the blocks that move, from their norms, in the same order: ``[moving]``."""
         if self._options.step_norm == "layer":
-            blocks = [b for b in self._runner.plan.blocks if b.name in p]
-            return {b.name: b.target_norm() * inverse_or_zero(norms[b.name]) for b in blocks}
+            return self._only(moving, self._targets) * inverse_or_zero(norms)
         factor = torch.ones_like(self.hyper.lr)
         if self._options.step_norm == "kl":
             lr = {k: self._groups.hypers[self._groups.of_block[k]].lr for k in p}
             predicted = total(lr[k].square() * x for k, x in self._averages.predicted(g, p).items())
             bound = (self.hyper.kl_clip * inverse_or_zero(predicted)).sqrt()
             factor = torch.where(predicted > self.hyper.kl_clip, bound, factor)
-        return dict.fromkeys(p, factor)
+        return factor.expand(len(moving))
 
-    def _move(self, p: Mapping[str, Tensor], scales: Mapping[str, Tensor], ok: Tensor | None) -> None:
+    def _only(self, moving: Sequence[str], by_block: Tensor) -> Tensor:
+        """Return what there is for each block, ``[..., blocks]``, of those that move: ``[..., moving]``."""
+        if len(moving) == len(self.q):
+            return by_block
+        return torch.stack([x for k, x in zip(self.q, by_block.unbind(-1), strict=True) if k in moving], -1)
+
+    def _move(self, moving: Sequence[str], p: Mapping[str, Tensor], scales: Tensor, ok: Tensor | None) -> None:
         """Write the parameters of the blocks that move: θ ← θ − η s(p) − η wd θ."""
-        params = self._runner.params()
-        keeps = [1 - hyper.lr * hyper.weight_decay for hyper in self._groups.hypers]
+        params, groups = self._runner.params(), self._groups
+        keeps = [_keep(hyper) for hyper in groups.hypers]
+        rates = [dict(zip(moving, (hyper.lr * scales).unbind(), strict=True)) for hyper in groups.hypers]
         for block in self._runner.plan.blocks:
-            if block.name not in p:
-                continue
-            for name, direction in block.unpack(p[block.name], params).items():
-                group = self._groups.of_parameter[name]
-                rate = self._groups.hypers[group].lr * scales[block.name]
-                descend_(params[name], keeps[group], direction, rate, ok)
+            if block.name in p:
+                for name, direction in block.unpack(p[block.name], params).items():
+                    group = groups.of_parameter[name]
+                    descend_(params[name], keeps[group], direction, rates[group][block.name], ok)
 
-    def _note(self, scales: Mapping[str, Tensor], norms: Mapping[str, Tensor], ok: Tensor | None) -> None:
+    def _note(self, moving: Sequence[str], scales: Tensor, norms: Tensor, ok: Tensor | None) -> None:
         """Keep the lengths of a step, for ``statistics``; blocks without a gradient have taken none."""
-        none = torch.zeros_like(self.hyper.lr)
-        rates = [self._groups.hypers[self._groups.of_block[k]].lr for k in self.q]
-        rows = (rates, [scales.get(k, none) for k in self.q], [norms.get(k, none) for k in self.q])
-        assign_(self._lengths, torch.stack([x for row in rows for x in row]).view_as(self._lengths), ok)
+        rates = torch.stack([self._groups.hypers[self._groups.of_block[k]].lr for k in moving])
+        found = torch.stack((rates, scales, norms))
+        if len(moving) < len(self.q):
+            columns = dict(zip(moving, found.unbind(-1), strict=True))
+            none = torch.zeros_like(found[:, 0])
+            found = torch.stack([columns.get(k, none) for k in self.q], -1)
+        assign_(self._lengths, found, ok)
 
     def _sync(self) -> None:
         """Take up what was written into ``q`` from outside since the last eager call."""
@@ -363,3 +371,9 @@ class Engine:
         """Take the hooks off the model, which is then as it was before ``fishlegify``."""
         self._runner.capture.remove()
         self._removed = True
+
+
+def _keep(hyper: Hyper) -> Tensor | None:
+    """Return what weight decay leaves of a parameter, 0-d; ``None`` where that is known to be all."""
+    keep = 1 - hyper.lr * hyper.weight_decay
+    return None if readable(keep) and keep == 1 else keep

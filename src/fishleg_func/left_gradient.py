@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
-from ._trees import checksum
 from ._types import Packed
 from .batch import Batch
 from .qmodules import QModule
@@ -26,10 +24,9 @@ class LeftGradient:
         self._g, self._run, self._whole = g, batch, whole
         self._batch: Batch | None = None
 
-    def gradient(self) -> tuple[Tensor, Mapping[str, Packed], Tensor]:
-        """Return no loss, the gradient, and a checksum."""
-        sums = checksum(self._g)
-        return torch.zeros_like(sums), self._g, sums
+    def gradient(self) -> tuple[Tensor | None, Mapping[str, Packed]]:
+        """Return no loss, and the gradient."""
+        return None, self._g
 
     def batch(self) -> Batch:
         """Return where the Fisher is taken."""

@@ -7,6 +7,7 @@ often, had back as :math:`m = Q^{-1}p` where it rarely does.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +18,24 @@ from .curvature import Curvature, Learned, both, require_finite
 
 RULES = ("nesterov", "before", "after")
 
-_WHAT = "the direction Q m"
+A_GRADIENT, _A_DIRECTION = "a gradient", "the direction Q m"  # in errors
+
+
+class Direction(NamedTuple):
+    """Along what a step goes, for the blocks that move.
+
+    Attributes:
+        p: By block.
+        norms: Of each, in the same order: ``[moving]``.
+    """
+
+    p: Mapping[str, Tensor]
+    norms: Tensor
+
+    @classmethod
+    def of(cls, p: Mapping[str, Tensor]) -> Self:
+        """Return the direction."""
+        return cls(p, torch.stack([torch.linalg.vector_norm(x) for x in p.values()]))
 
 
 class Momentum:
@@ -35,7 +53,7 @@ class Momentum:
     """
 
     def __init__(self, curvature: Curvature, rule: str, *, paired: bool) -> None:
-        self._curvature, self._beta, self._nesterov = curvature, curvature.groups.beta, rule == "nesterov"
+        self._curvature, self._groups, self._nesterov = curvature, curvature.groups, rule == "nesterov"
         self.before = before = rule != "after"
         self.p = {k: ts[0].new_zeros(curvature.q[k].shape) for k, ts in curvature.operators.items()}
         pairs = [k for k in self.p if before and (paired or not curvature.q[k].inverts)]
@@ -69,12 +87,12 @@ class Momentum:
             self._held = {k: m for k, m in self._held.items() if k in self._unsound}
 
     def average(
-        self, loss: Tensor, g: Mapping[str, Packed], ok: Tensor | None
-    ) -> tuple[Mapping[str, Tensor], Tensor | None]:
+        self, loss: Tensor | None, g: Mapping[str, Packed], ok: Tensor | None
+    ) -> tuple[Direction, Tensor | None]:
         """Take up a gradient while Q stands: p is averaged beside m, from Q g with g factored.
 
         Args:
-            loss: The loss, for the error.
+            loss: The loss, where it is known.
             g: Gradient by block; blocks that have none stay as they are.
             ok: In compiled code, whether to change anything.
 
@@ -82,38 +100,47 @@ class Momentum:
             The direction of these blocks, and ``ok`` with what that adds to it.
 
         Raises:
-            FloatingPointError: If the direction is not finite; nothing is changed (eager only).
+            FloatingPointError: If the loss, the gradient or the direction is not finite, or the direction has no finite
+                norm; nothing is changed (eager only).
         """
         qg = self.applied(g)
-        sums = checksum(qg | {f"{k}, as it was": self.p[k] for k in self._unsound})
-        ok = both(ok, require_finite(loss, sums, _WHAT))
         if self._nesterov:
             qg = {k: dense(x) for k, x in qg.items()}  # once, for p and for the direction
-            ahead = {k: dense(qg[k]).lerp(self.p[k], self._beta(k).square()) for k in g}  # before anything is written
-        for k in g:
-            weight = 1 - self._beta(k)
+            weights = self._groups.from_beta(torch.square, qg)
+            ahead = Direction.of({k: dense(x).lerp(self.p[k], weights[k]) for k, x in qg.items()})
+            sums = [ahead.norms.sum()]  # one pass over what is made of Q g and p
+        else:
+            sums = [checksum(qg | {f"{k}, as it was": self.p[k] for k in self._unsound})]
+        sums += [checksum({k: g[k]}) for k in g if k in self.m]  # whose product may overflow where Q g does not
+
+        def what() -> str:
+            return _A_DIRECTION if checksum(g).isfinite() else A_GRADIENT
+
+        ok = both(ok, require_finite(loss, total(sums), what))
+        for k, weight in self._groups.from_beta(_rest, g).items():
             if k in self.m:
                 average_(self.m[k], g[k], weight, ok)
             average_(self.p[k], qg[k], weight, ok)
         self.forget()
-        return (ahead if self._nesterov else {k: self.p[k] for k in g}), ok
+        return (ahead if self._nesterov else Direction.of({k: self.p[k] for k in g})), ok
 
     def predicted(self, g: Mapping[str, Packed], direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
         r"""Return :math:`p^\top Q^{-1} p` of a direction p by block, 0-d; g is the gradient that it was made of."""
         along = {k: inner(self.m[k], p) for k, p in direction.items()}
         if not self._nesterov:
             return along
-        return {k: x.lerp(inner(g[k], direction[k]), 1 - self._beta(k)) for k, x in along.items()}
+        rest = self._groups.from_beta(_rest, along)
+        return {k: x.lerp(inner(g[k], direction[k]), rest[k]) for k, x in along.items()}
 
     def follow(
-        self, loss: Tensor, g: Mapping[str, Packed], m: Mapping[str, Tensor], learned: Learned
-    ) -> tuple[Mapping[str, Tensor], Tensor | None]:
+        self, loss: Tensor | None, g: Mapping[str, Packed], m: Mapping[str, Tensor], learned: Learned
+    ) -> tuple[Direction, Tensor | None]:
         """Take up a gradient after Q has changed: p is carried along where it can be, or computed anew.
 
         What is carried along goes on as where Q stands: it is averaged with Q g, Q being the new one.
 
         Args:
-            loss: The loss, for the error.
+            loss: The loss, where it is known.
             g: Gradient by block; of blocks that have none m stays, and p follows Q.
             m: From :meth:`momentum`, before Q has changed.
             learned: What has changed Q.
@@ -128,26 +155,27 @@ class Momentum:
             return self.average(loss, g, learned.ok)
         carries = {k: carry for k, carry in learned.carries.items() if carry is not None}
         qg = {k: dense(self._curvature.apply(k, x)) for k, x in g.items() if self._nesterov or k in carries}
+        rest = self._groups.from_beta(_rest, g)
         new_m: dict[str, Tensor] = {}
         new_p: dict[str, Tensor] = {}
         for k in self.p:
             if k not in carries:
-                new_m[k] = m[k].lerp(dense(g[k]), 1 - self._beta(k)) if k in g else m[k]
+                new_m[k] = m[k].lerp(dense(g[k]), rest[k]) if k in g else m[k]
                 new_p[k] = dense(self._curvature.apply(k, new_m[k]))
             else:
                 moved = carries[k](self.p[k])
-                new_p[k] = moved.lerp(qg[k], 1 - self._beta(k)) if k in g else moved
-        ok = both(learned.ok, require_finite(loss, total(checksum(x) for x in (new_p, qg) if x), _WHAT))
-        ahead = {k: qg[k].lerp(new_p[k], self._beta(k)) for k in g} if self._nesterov else {k: self.p[k] for k in g}
+                new_p[k] = moved.lerp(qg[k], rest[k]) if k in g else moved
+        ok = both(learned.ok, require_finite(loss, total(checksum(x) for x in (new_p, qg) if x), lambda: _A_DIRECTION))
+        ahead = {k: new_p[k].lerp(qg[k], rest[k]) for k in g} if self._nesterov else {k: self.p[k] for k in g}
         for k, kept in self.m.items():
             if k in new_m:
                 assign_(kept, new_m[k], ok)
             elif k in g:
-                average_(kept, g[k], 1 - self._beta(k), ok)
+                average_(kept, g[k], rest[k], ok)
         for k, p in self.p.items():
             assign_(p, new_p[k], ok)
         self.forget()
-        return ahead, ok
+        return Direction.of(ahead), ok
 
     def applied(self, g: Mapping[str, Packed]) -> dict[str, Packed]:
         """Return Q g by block."""
@@ -165,3 +193,8 @@ class Momentum:
             self.p[k].copy_(dense(self._curvature.apply(k, momentum)))
             self._held[k] = momentum
             (self._unsound.discard if self.p[k].sum().isfinite() else self._unsound.add)(k)
+
+
+def _rest(beta: Tensor) -> Tensor:
+    """Return the weight of what is new in an average."""
+    return 1 - beta

@@ -11,13 +11,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from . import _checks, auxiliary, diagnostics
-from ._trees import assign_, dense
+from ._trees import assign_, checksum, dense
 from ._types import Accuracy, Hyper, Inputs, Options, Packed, Params
 from .batch import Batch, Runner
 from .capture import kept_random_state, restored_on_error, tensors_restored_on_error
 from .curvature import require_finite
 from .engine import Engine
 from .inverse import InverseFisher, covered
+from .momentum import A_GRADIENT
 from .schedule import Due, is_refresh
 
 
@@ -81,10 +82,8 @@ class FishLegStep(Engine):
         """The step, from a batch to new parameters and buffers."""
         whole = self._options.aux_batch_size is None
         batch = self._runner.run(inputs, targets, twice=due.learn and whole and self._linear)
-        _checks.same_buffers(dict(self.model.named_buffers()), batch.buffers)
-        loss, _, checksum = batch.gradient()
-        ok = require_finite(loss, checksum, "a gradient")
-        self._runner.settle(batch)
+        buffers = dict(self.model.named_buffers())
+        _checks.same_buffers(buffers, batch.buffers)
 
         def batch_for_q() -> Batch:
             if whole:
@@ -92,10 +91,13 @@ class FishLegStep(Engine):
             batch.let_go()
             return self.run(inputs, targets)
 
-        ok = self._advance(batch, batch_for_q, due, ok)
+        ok = self._advance(batch, batch_for_q, due)
+        self._runner.settle(batch)
         batch.learn_likelihood_(self.hyper.lr, ok)
-        for name, buffer in self.model.named_buffers():
+        for name, buffer in buffers.items():
             assign_(buffer, batch.buffers[name], ok)
+        loss, _ = batch.gradient()
+        assert loss is not None  # there are targets
         return loss
 
     @torch.no_grad()
@@ -132,8 +134,8 @@ class FishLegStep(Engine):
             source = batch
             if self._options.u != "gaussian":
                 source = batch if targets is not None else self._runner.run(*self._last, twice=False)  # type: ignore[misc]
-                loss, g, checksum = source.gradient()
-                require_finite(loss, checksum, "a gradient")
+                loss, g = source.gradient()
+                require_finite(loss, checksum(g), lambda: A_GRADIENT)
                 self._runner.settle(source)
             refresh = is_refresh(self._updates, 1)
             with tensors_restored_on_error() as save:
@@ -168,8 +170,8 @@ class FishLegStep(Engine):
         self._sync()
         with kept_random_state(self.model):
             batch = self._runner.run(inputs, targets, twice=False)
-        loss, g, checksum = batch.gradient()
-        require_finite(loss, checksum, "a gradient")
+        loss, g = batch.gradient()
+        require_finite(loss, checksum(g), lambda: A_GRADIENT)
         self._runner.settle(batch)
         params = self._runner.params()
         natural: Params = {}
