@@ -127,6 +127,26 @@ def test_options_compile_too(options: dict[str, Any]) -> None:
     assert max(counts) <= GRAPHS
 
 
+@pytest.mark.parametrize("options", [{}, *OPTIONS])
+def test_only_a_batch_is_new_to_a_graph_on_a_gpu(options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    moving: list[list[str]] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        tensors = [node for node in inputs if isinstance(node.meta["example_value"], Tensor)]
+        moving.append([str(n) for n in tensors if "_dynamo_static_input_type" not in n.meta["tensor_dict"]])
+        return graph.forward
+
+    make, _, shape, target = CASES["batch, time, features"]
+    step = ff.fishlegify(make(), Gaussian(learn_sigma=True), **options)
+    step._keep_in_place()  # which it does on a GPU
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for x, _ in batches(shape, target, 12):
+        compiled(x, x[..., :4])
+    assert len(moving) >= 2 and all(len(names) == 2 for names in moving), moving  # inputs and targets
+
+
 @pytest.mark.slow
 def test_default_backend_equals_eager() -> None:
     difference, counts = run(CASES["layer called twice"], "inductor", 40)

@@ -63,6 +63,8 @@ class Engine:
         self._updates = 0  # calls of update_aux so far
         self._removed = False
         weakref.finalize(self, runner.capture.remove)
+        if runner.device.type == "cuda":
+            self._keep_in_place()
 
     @property
     def likelihood(self) -> Likelihood | None:
@@ -107,6 +109,8 @@ class Engine:
         """
         new = [Hyper(**{k: t.clone() for k, t in vars(self.hyper).items()}) for _ in range(count - 1)]
         self._groups.hypers[1:] = new
+        if self._runner.device.type == "cuda":
+            self._keep_in_place()
         self._groups.of_parameter.update({name: group_of[name] for name in self._groups.of_parameter})
         self._groups.of_block.update({name: members[0] for name, members in self.groups_of_blocks().items()})
 
@@ -202,6 +206,13 @@ class Engine:
             if name in theirs and theirs[name].shape == tensor.shape:
                 tensor.copy_(theirs[name])
         self._curvature.renew()
+
+    def _keep_in_place(self) -> None:
+        """Tell the compiler that the state stays where it is, so that CUDA graphs may write into it."""
+        hypers = [t for hyper in self._groups.hypers for t in vars(hyper).values()]
+        for tensor in (*self._tensors().values(), *hypers, self._curvature.losses, self._lengths, self._targets):
+            if not isinstance(tensor, torch.nn.Parameter):  # of these it knows
+                torch._dynamo.mark_static_address(tensor)
 
     def live_state(self) -> dict[str, Any]:
         """Return the state as :meth:`state_dict` does, but the tensors themselves."""
