@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._trees import assign_, average_, checksum, dense, inner, total
-from ._types import Packed
+from ._types import LowRank, Packed
 from .curvature import Curvature, Learned, both, require_finite
 
 RULES = ("nesterov", "before", "after")
@@ -103,24 +103,26 @@ class Momentum:
             FloatingPointError: If the loss, the gradient or the direction is not finite, or the direction has no finite
                 norm; nothing is changed (eager only).
         """
-        qg = self.applied(g)
+        qg: Mapping[str, Packed] = self.applied(g)
+        rest = self._groups.from_beta(_rest, g)
         if self._nesterov:
-            qg = {k: dense(x) for k, x in qg.items()}  # once, for p and for the direction
-            weights = self._groups.from_beta(torch.square, qg)
-            ahead = Direction.of({k: dense(x).lerp(self.p[k], weights[k]) for k, x in qg.items()})
+            old, share = self._groups.from_beta(torch.square, g), self._groups.from_beta(_share, g)
+            ahead = Direction.of({k: _mixed(x, self.p[k], old[k]) for k, x in qg.items()})
+            qg = ahead.p  # p moves towards it, and Q g is used up
             sums = [ahead.norms.sum()]  # one pass over what is made of Q g and p
         else:
-            sums = [checksum(qg | {f"{k}, as it was": self.p[k] for k in self._unsound})]
+            share = rest
+            sums = [checksum({**qg, **{f"{k}, as it was": self.p[k] for k in self._unsound}})]
         sums += [checksum({k: g[k]}) for k in g if k in self.m]  # whose product may overflow where Q g does not
 
         def what() -> str:
             return _A_DIRECTION if checksum(g).isfinite() else A_GRADIENT
 
         ok = both(ok, require_finite(loss, total(sums), what))
-        for k, weight in self._groups.from_beta(_rest, g).items():
+        for k in g:
             if k in self.m:
-                average_(self.m[k], g[k], weight, ok)
-            average_(self.p[k], qg[k], weight, ok)
+                average_(self.m[k], g[k], rest[k], ok)
+            average_(self.p[k], qg[k], share[k], ok)
         self.forget()
         return (ahead if self._nesterov else Direction.of({k: self.p[k] for k in g})), ok
 
@@ -198,3 +200,13 @@ class Momentum:
 def _rest(beta: Tensor) -> Tensor:
     """Return the weight of what is new in an average."""
     return 1 - beta
+
+
+def _share(beta: Tensor) -> Tensor:
+    r"""Return the weight, beside p, of :math:`\beta^2 p + (1 - \beta^2) Qg` in :math:`\beta p + (1 - \beta) Qg`."""
+    return 1 / (1 + beta)
+
+
+def _mixed(qg: Packed, p: Tensor, weight: Tensor) -> Tensor:
+    """Return Q g moved towards p by a weight; where it is a product, in the memory that it is multiplied out into."""
+    return qg.dense().lerp_(p, weight) if isinstance(qg, LowRank) else qg.lerp(p, weight)
