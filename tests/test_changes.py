@@ -6,6 +6,8 @@ import copy
 import gc
 import io
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +84,43 @@ def test_a_replaced_parameter_is_trained() -> None:
     step(X, Y)
     model[0].weight = nn.Parameter(model[0].weight.detach().clone())
     momentum_is_the_gradient(step, X, Y)
+
+
+class Squashed(nn.Module):
+    """A parameter that the module shows as something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((3,), 0.5))
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return found.tanh() if name == "gain" else found
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
+def test_a_parameter_is_not_what_its_module_shows_in_its_place() -> None:
+    model = nn.Sequential(nn.Linear(6, 3), Squashed())
+    step = ff.fishlegify(model, Categorical())
+    step(X, Y)
+    assert (model[1]._parameters["gain"] != 0.5).all()
+
+
+@pytest.mark.parametrize("other", [lambda: nn.LayerNorm(3), Squashed])
+def test_a_replaced_module_is_trained_where_it_has_no_hook(other: Callable[[], nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(6, 3), other())
+    step = ff.fishlegify(model, Categorical())
+    for _ in range(12):
+        step(X, Y)
+    old = model[1]
+    model[1] = new = other()
+    before = [[p.detach().clone() for p in module.parameters()] for module in (old, new)]
+    loss = nn.functional.cross_entropy(model(X), Y)
+    torch.testing.assert_close(step(X, Y), loss)
+    assert all(torch.equal(p, q) for p, q in zip(old.parameters(), before[0], strict=True))
+    assert not any(torch.equal(p, q) for p, q in zip(new.parameters(), before[1], strict=True))
 
 
 # --- buffers, Q and meters ---

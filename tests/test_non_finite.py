@@ -226,3 +226,62 @@ def test_a_compiled_fisher_product_that_is_not_finite_leaves_lambda() -> None:
     assert changed(lam, lambdas(step)) == []
     assert {f"model.{name}" for name, _ in model.named_parameters()} <= set(changed(before, snapshot(model)))
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("rule", ["nesterov", "before", "after"])
+@pytest.mark.parametrize("at", [0, 1, 10, 11, 13, 20, 21])
+def test_a_direction_without_a_norm_is_refused_whenever_it_comes(at: int, rule: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    optimizer = ff.FishLeg(model, Categorical(), momentum=rule)
+
+    def step(factor: float = 1.0) -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(X.float()), LABELS).backward()
+        for p in model.parameters():
+            assert p.grad is not None
+            p.grad.mul_(factor)
+        optimizer.step()
+
+    for _ in range(at):
+        step()
+    before = snapshot(model, optimizer.fishleg)
+    with pytest.raises(FloatingPointError, match="norm of the direction Q m is NaN or Inf and must be finite"):
+        step(1e25)
+    assert [name for name in changed(before, snapshot(model, optimizer.fishleg)) if "grad" not in name] == []
+    for _ in range(12):
+        step()
+    assert optimizer.fishleg.steps == at + 12
+    assert all(math.isfinite(x) for x in optimizer.fishleg.statistics().values())
+
+
+@pytest.mark.parametrize("at", [0, 11, 20])
+def test_a_compiled_step_skips_a_direction_without_a_norm_and_goes_on(at: int) -> None:
+    torch._dynamo.reset()
+    model = nn.Linear(4, 3)
+    step = ff.fishlegify(model, Gaussian(), damping=1e-6)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    x, y = 1e-3 * X.float(), Y.float()  # Q is large
+    for i in range(26):
+        kept = model.weight.detach().clone()
+        loss = compiled(x, y + 2e18 if i == at else y)
+        assert loss.isfinite()
+        assert torch.equal(kept, model.weight) == (i == at)
+    assert int(step.skipped) == 1
+
+
+@pytest.mark.parametrize("rule", ["nesterov", "before", "after"])
+def test_a_direction_too_small_to_be_inverted_moves_nothing(rule: str) -> None:
+    class Faint(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.faint = nn.Linear(4, 3), nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.fc(x) + self.faint * 1e-41
+            return logits
+
+    model = Faint()
+    step = ff.fishlegify(model, Gaussian(), momentum=rule, weight_decay=0.0)
+    for _ in range(12):
+        step(X.float(), Y.float())
+    assert model.faint == 1 and model.fc.weight.isfinite().all()

@@ -68,6 +68,11 @@ def checksum(u: Mapping[str, Packed]) -> Tensor:
     )
 
 
+def norm_bound(u: Packed) -> Tensor:
+    """Return the Frobenius norm, of factors a bound on that of the product; 0-d, finite only if all entries are."""
+    return checksum({"": u}) if isinstance(u, LowRank) else vector_norm(u)
+
+
 def square_checksum(u: Mapping[str, Packed]) -> Tensor:
     """Return a 0-d tensor that is finite only if all squares of entries, or of entries of the factors, are."""
     parts = [part for x in u.values() for part in (x if isinstance(x, LowRank) else (x,))]
@@ -75,8 +80,11 @@ def square_checksum(u: Mapping[str, Packed]) -> Tensor:
 
 
 def inverse_or_zero(x: Tensor) -> Tensor:
-    """Return ``1 / x`` where ``x > 0`` and zero elsewhere, so that a zero vector stays zero when normalized."""
-    positive = x > 0
+    """Return ``1 / x`` where x is positive and its inverse far from overflow, and zero elsewhere.
+
+    So a zero vector stays zero when normalized.
+    """
+    positive = x > 2**20 * torch.finfo(x.dtype).tiny
     return torch.where(positive, 1 / torch.where(positive, x, 1), 0)
 
 
@@ -130,7 +138,7 @@ opaque_average_product_ = opaque(
 
 
 def descend_(target: Tensor, keep: Tensor | None, direction: Tensor, rate: Tensor, ok: Tensor | None) -> None:
-    """Write ``keep * target - rate * direction``, both 0-d, keep one by default; with ``ok`` only where it is true.
+    """Write ``keep * target - rate * direction``; with ``ok`` only where it is true. ``keep=None`` is one.
 
     A target of lower precision than the direction is rounded once.
     """

@@ -49,12 +49,14 @@ class Runner:
         self._verified: set[tuple[Any, ...]] = set()  # kinds of inputs at which it was compared with autograd
         self._traits = _checks.traits(model)
         names = [name for block in plan.blocks for name in block.names.values()]
-        self._owners = {name: _owner(model, name) for name in names}
+        self._places = {name: (path, local) for name in names for path, _, local in [name.rpartition(".")]}
 
     def params(self, without: Collection[str] = ()) -> Params:
-        """Return the trained parameters but for some, looked up in their modules now: replaced ones are found."""
-        wanted = {name: owner for name, owner in self._owners.items() if name not in without}
-        return {name: getattr(module, local).detach() for name, (module, local) in wanted.items()}
+        """Return the trained parameters but for some, looked up in the model now: replaced ones are found."""
+        wanted = {name: place for name, place in self._places.items() if name not in without}
+        modules = {path: self.model.get_submodule(path) for path in {path: None for path, _ in wanted.values()}}
+        params = {name: modules[path]._parameters[local] for name, (path, local) in wanted.items()}
+        return {name: p.detach() for name, p in params.items() if p is not None}
 
     def check(self) -> None:
         """Raise RuntimeError unless the model is the one that was planned for."""
@@ -159,12 +161,6 @@ def _differ(captured: Tensor, truth: Tensor, dtype: torch.dtype) -> bool:
     relative = max(10 * torch.finfo(truth.dtype).eps ** 0.5, 16 * torch.finfo(dtype).eps)
     tolerance = relative * torch.linalg.vector_norm(truth)
     return not bool(torch.linalg.vector_norm(captured - truth) <= tolerance)
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the module that holds a parameter, and its name there."""
-    path, _, local = name.rpartition(".")
-    return model.get_submodule(path), local
 
 
 class Batch:

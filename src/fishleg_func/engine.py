@@ -180,7 +180,7 @@ class Engine:
             batch_for_q: Returns where the Fisher is taken, called where Q is due.
 
         Raises:
-            FloatingPointError: If the gradient is not finite; nothing is changed.
+            FloatingPointError: If the gradient, or the norm of the direction, is not finite; nothing is changed.
         """
         self._sync()
         with restored_on_error(self.model):
@@ -298,7 +298,7 @@ class Engine:
             lr = {k: self._groups.hypers[self._groups.of_block[k]].lr for k in p}
             predicted = total(lr[k].square() * x for k, x in self._averages.predicted(g, p).items())
             bound = (self.hyper.kl_clip * inverse_or_zero(predicted)).sqrt()
-            factor = torch.where(predicted > self.hyper.kl_clip, bound, factor)
+            factor = torch.where(predicted <= self.hyper.kl_clip, factor, bound)  # zero if it overflows
         return factor.expand(len(moving))
 
     def _only(self, moving: Sequence[str], by_block: Tensor) -> Tensor:

@@ -12,17 +12,17 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ._trees import assign_, average_, checksum, dense, inner, total
+from ._trees import assign_, average_, checksum, dense, inner, norm_bound, total
 from ._types import LowRank, Packed
 from .curvature import Curvature, Learned, both, require_finite
 
 RULES = ("nesterov", "before", "after")
 
-A_GRADIENT, _A_DIRECTION = "a gradient", "the direction Q m"  # in errors
+A_GRADIENT, _A_DIRECTION = "a gradient", "the norm of the direction Q m"  # in errors
 
 
 class Direction(NamedTuple):
-    """Along what a step goes, for the blocks that move.
+    """Where a step goes, for the blocks that move.
 
     Attributes:
         p: By block.
@@ -78,7 +78,7 @@ class Momentum:
         if held is not None and name not in self._unsound:
             return held
         m = self._curvature.unapply(name, self.p[name])
-        return m if held is None else torch.where(self.p[name].isfinite().all(), m, held)
+        return m if held is None else torch.where(norm_bound(self.p[name]).isfinite(), m, held)
 
     def forget(self) -> None:
         """Know of m what p says, since p has moved on; of a p that was not finite compiled code cannot tell."""
@@ -100,8 +100,8 @@ class Momentum:
             The direction of these blocks, and ``ok`` with what that adds to it.
 
         Raises:
-            FloatingPointError: If the loss, the gradient or the direction is not finite, or the direction has no finite
-                norm; nothing is changed (eager only).
+            FloatingPointError: If the loss, the gradient or the norm of the direction is not finite; nothing is changed
+                (eager only).
         """
         qg: Mapping[str, Packed] = self.applied(g)
         rest = self._groups.from_beta(_rest, g)
@@ -112,7 +112,7 @@ class Momentum:
             sums = [ahead.norms.sum()]  # one pass over what is made of Q g and p
         else:
             share = rest
-            sums = [checksum({**qg, **{f"{k}, as it was": self.p[k] for k in self._unsound}})]
+            sums = [norm_bound(x) for x in (*qg.values(), *(self.p[k] for k in self._unsound))]
         sums += [checksum({k: g[k]}) for k in g if k in self.m]  # whose product may overflow where Q g does not
 
         def what() -> str:
@@ -167,8 +167,9 @@ class Momentum:
             else:
                 moved = carries[k](self.p[k])
                 new_p[k] = moved.lerp(qg[k], rest[k]) if k in g else moved
-        ok = both(learned.ok, require_finite(loss, total(checksum(x) for x in (new_p, qg) if x), lambda: _A_DIRECTION))
-        ahead = {k: new_p[k].lerp(qg[k], rest[k]) for k in g} if self._nesterov else {k: self.p[k] for k in g}
+        direction = Direction.of({k: new_p[k].lerp(qg[k], rest[k]) if self._nesterov else new_p[k] for k in g})
+        sums = [direction.norms.sum(), *(norm_bound(p) for p in new_p.values())]
+        ok = both(learned.ok, require_finite(loss, total(sums), lambda: _A_DIRECTION))
         for k, kept in self.m.items():
             if k in new_m:
                 assign_(kept, new_m[k], ok)
@@ -177,7 +178,7 @@ class Momentum:
         for k, p in self.p.items():
             assign_(p, new_p[k], ok)
         self.forget()
-        return Direction.of(ahead), ok
+        return direction, ok
 
     def applied(self, g: Mapping[str, Packed]) -> dict[str, Packed]:
         """Return Q g by block."""
@@ -194,7 +195,7 @@ class Momentum:
         for k, momentum in m.items():
             self.p[k].copy_(dense(self._curvature.apply(k, momentum)))
             self._held[k] = momentum
-            (self._unsound.discard if self.p[k].sum().isfinite() else self._unsound.add)(k)
+            (self._unsound.discard if norm_bound(self.p[k]).isfinite() else self._unsound.add)(k)
 
 
 def _rest(beta: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ class FishLeg(torch.optim.Optimizer):
             What the closure returns.
 
         Raises:
-            FloatingPointError: If a gradient is not finite; nothing is changed.
+            FloatingPointError: If a gradient, or the norm of the direction, is not finite; nothing is changed.
             RuntimeError: If Q is to be updated, and no batch has passed through the model since the last step; or where
                 several processes train.
             ValueError: If a group holds a value out of its range, or a gradient is sparse.

@@ -60,7 +60,8 @@ class FishLegStep(Engine):
             The loss before the step, a 0-d tensor.
 
         Raises:
-            FloatingPointError: If the loss or a gradient is not finite (eager only); nothing is changed.
+            FloatingPointError: If the loss, a gradient or the norm of the direction is not finite (eager only); nothing
+                is changed.
             RuntimeError: If the step was removed.
             ValueError: If inputs are on another device, or targets do not fit the likelihood.
             TypeError: If the model's output or the targets have a wrong type.
