@@ -285,3 +285,13 @@ def test_a_direction_too_small_to_be_inverted_moves_nothing(rule: str) -> None:
     for _ in range(12):
         step(X.float(), Y.float())
     assert model.faint == 1 and model.fc.weight.isfinite().all()
+
+
+def test_a_predicted_change_that_overflows_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(4, 3)
+    step = ff.fishlegify(model, Gaussian(), step_norm="kl")
+    step(X.float(), Y.float())
+    before = snapshot(model)
+    monkeypatch.setattr(step._averages, "predicted", lambda g, p: {k: torch.tensor(math.nan) for k in p})
+    step(X.float(), Y.float())
+    assert changed(before, snapshot(model)) == []
