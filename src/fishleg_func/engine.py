@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -245,13 +245,12 @@ class Engine:
         """
         loss, g = source.gradient()
         if due.statistics:
-            (p, norms), ok = self._update_q(source, batch_for_q, due)
+            direction, ok = self._update_q(source, batch_for_q, due)
         else:
-            (p, norms), ok = self._averages.average(loss, g, None)
-        moving = list(p)
-        scales = self._step_scales(moving, p, g, norms)
-        self._move(moving, p, scales, ok)
-        self._note(moving, scales, norms, ok)
+            direction, ok = self._averages.average(loss, g, None)
+        scales = self._step_scales(direction, g)
+        self._move(direction.p, scales, ok)
+        self._note(direction, scales, ok)
         if ok is not None:
             self.skipped.add_((~ok).long())
         self._noise.advance_()
@@ -287,43 +286,40 @@ class Engine:
             return {k: noise.normal(p, i) for i, (k, p) in enumerate(self._direction.items())}
         return source.probe(self.q)
 
-    def _step_scales(
-        self, moving: Sequence[str], p: Mapping[str, Tensor], g: Mapping[str, Packed], norms: Tensor
-    ) -> Tensor:
-        """Return s(p) / p of the blocks that move, from their norms, in the same order: ``[moving]``."""
+    def _step_scales(self, direction: Direction, g: Mapping[str, Packed]) -> Tensor:
+        """Return s(p) / p of the blocks that move, in the order of their norms: ``[moving]``."""
+        p, norms = direction
         if self._options.step_norm == "layer":
-            return self._only(moving, self._targets) * inverse_or_zero(norms)
+            moving, every = list(p), list(self.q)
+            some = moving != every
+            targets = torch.stack([self._targets[every.index(k)] for k in moving]) if some else self._targets
+            return targets * inverse_or_zero(norms)
         factor = torch.ones_like(self.hyper.lr)
         if self._options.step_norm == "kl":
             lr = {k: self._groups.hypers[self._groups.of_block[k]].lr for k in p}
             predicted = total(lr[k].square() * x for k, x in self._averages.predicted(g, p).items())
             bound = (self.hyper.kl_clip * inverse_or_zero(predicted)).sqrt()
             factor = torch.where(predicted <= self.hyper.kl_clip, factor, bound)  # zero if it overflows
-        return factor.expand(len(moving))
+        return factor.expand(len(p))
 
-    def _only(self, moving: Sequence[str], by_block: Tensor) -> Tensor:
-        """Return what there is for each block, ``[..., blocks]``, of those that move: ``[..., moving]``."""
-        if len(moving) == len(self.q):
-            return by_block
-        return torch.stack([x for k, x in zip(self.q, by_block.unbind(-1), strict=True) if k in moving], -1)
-
-    def _move(self, moving: Sequence[str], p: Mapping[str, Tensor], scales: Tensor, ok: Tensor | None) -> None:
+    def _move(self, p: Mapping[str, Tensor], scales: Tensor, ok: Tensor | None) -> None:
         """Write the parameters of the blocks that move: θ ← θ − η s(p) − η wd θ."""
         params, groups = self._runner.params(), self._groups
         keeps = [_keep(hyper) for hyper in groups.hypers]
-        rates = [dict(zip(moving, (hyper.lr * scales).unbind(), strict=True)) for hyper in groups.hypers]
+        rates = [dict(zip(p, (hyper.lr * scales).unbind(), strict=True)) for hyper in groups.hypers]
         for block in self._runner.plan.blocks:
             if block.name in p:
                 for name, direction in block.unpack(p[block.name], params).items():
                     group = groups.of_parameter[name]
                     descend_(params[name], keeps[group], direction, rates[group][block.name], ok)
 
-    def _note(self, moving: Sequence[str], scales: Tensor, norms: Tensor, ok: Tensor | None) -> None:
+    def _note(self, direction: Direction, scales: Tensor, ok: Tensor | None) -> None:
         """Keep the lengths of a step, for ``statistics``; blocks without a gradient have taken none."""
-        rates = torch.stack([self._groups.hypers[self._groups.of_block[k]].lr for k in moving])
+        p, norms = direction
+        rates = torch.stack([self._groups.hypers[self._groups.of_block[k]].lr for k in p])
         found = torch.stack((rates, scales, norms))
-        if len(moving) < len(self.q):
-            columns = dict(zip(moving, found.unbind(-1), strict=True))
+        if list(p) != list(self.q):
+            columns = dict(zip(p, found.unbind(-1), strict=True))
             none = torch.zeros_like(found[:, 0])
             found = torch.stack([columns.get(k, none) for k in self.q], -1)
         assign_(self._lengths, found, ok)
