@@ -1,6 +1,7 @@
 """The bases of the Q families, against closed forms."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fishleg_func import LowRank
 from fishleg_func._trees import dense
-from fishleg_func.covariances import whitening_root
+from fishleg_func.covariances import eigenbasis, whitening_root
 from fishleg_func.families import FAMILIES
 
 
@@ -69,6 +70,52 @@ def test_whitening_root_keeps_the_basis_where_the_factorization_fails() -> None:
     root = whitening_root(cov, torch.tensor(0.5), previous=torch.zeros(2, 2))
     torch.testing.assert_close(root @ root.mT, torch.linalg.inv(cov + 0.5 * torch.eye(2)))
     assert torch.equal(root, root.triu())
+
+
+def dead_units(n: int, seed: int) -> torch.Tensor:
+    """Second moments ``[n, n]`` of few examples of n units on all scales, most of which are dead, as after a ReLU."""
+    g = torch.Generator().manual_seed(seed)
+    units = torch.randn(n // 3, n, generator=g) * 10 ** torch.empty(n).uniform_(-3, 0, generator=g)
+    units[:, torch.rand(n, generator=g) < 0.6] = 0
+    return units.mT @ units
+
+
+@pytest.mark.parametrize("lapack_fails", [False, True])
+@pytest.mark.parametrize(("n", "seed"), [(700, 10), (1000, 6), (2, 0)])
+def test_eigenbasis_of_dead_units(n: int, seed: int, lapack_fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    cov = torch.stack((dead_units(n, seed), torch.eye(n)))  # LAPACK does fail on some of them
+    if lapack_fails:
+        monkeypatch.setattr(torch.linalg, "eigh", double_only(torch.linalg.eigh))
+    vectors = eigenbasis(cov, torch.zeros_like(cov))
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(n).expand(2, n, n), rtol=0, atol=1e-5)
+    rotated = vectors.mT @ cov @ vectors
+    rest = rotated - torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))
+    assert rest.abs().max() < 1e-5 * cov.abs().max()
+
+
+def double_only(solver: Callable[..., Any]) -> Callable[..., Any]:
+    """A solver that fails in float32."""
+
+    def solve(a: torch.Tensor) -> Any:
+        if a.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("it did not converge")
+        return solver(a)
+
+    return solve
+
+
+def test_eigenbasis_keeps_what_it_has_of_statistics_that_overflow() -> None:
+    cov = torch.stack((torch.diag(torch.tensor([2.0, 1.0])), torch.full((2, 2), math.inf)))
+    vectors = eigenbasis(cov, 7 * torch.ones(2, 2, 2))
+    assert torch.equal(vectors[0].abs(), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    assert torch.equal(vectors[1], 7 * torch.ones(2, 2))
+    q = FAMILIES["eigen"]((2, 2))
+    q.gather_(torch.eye(2))
+    q.refresh_(torch.tensor(1.0))
+    before = q.dense()
+    q.cov_R.fill_(math.inf)
+    q.refresh_(torch.tensor(1.0))
+    torch.testing.assert_close(q.dense(), before)
 
 
 @pytest.mark.parametrize("name", ["kfac", "eigen", "diagonal", "embedding"])

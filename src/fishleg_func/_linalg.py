@@ -1,6 +1,7 @@
-"""Products and inverses that use structure: triangles and symmetry, by halves, at half the FLOPs or less.
+"""Products, inverses and eigenvectors of matrices with structure.
 
-The halves of a matrix are treated alike until they are small; all but the smallest are then plain matrix products.
+Products and inverses use triangles and symmetry by halves, at half the FLOPs or less. The halves of a matrix are
+treated alike until they are small; all but the smallest are then plain matrix products.
 """
 
 from __future__ import annotations
@@ -45,3 +46,24 @@ def outer_square(a: Tensor) -> Tensor:
     below = a[..., h:, :] @ a[..., :h, :].mT
     result[..., h:, :h], result[..., :h, h:] = below, below.mT
     return result
+
+
+def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, ascending, and eigenvectors of a symmetric matrix.
+
+    In float32 LAPACK's solver fails on some matrices of low rank, such as the statistics of a layer many of whose units
+    are dead: these are solved in float64.
+
+    Args:
+        a: Shape ``[..., n, n]``.
+
+    Raises:
+        torch.linalg.LinAlgError: If entries are not finite.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(a)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        if a.dtype == torch.float64:
+            raise
+        values, vectors = (x.to(a.dtype) for x in torch.linalg.eigh(a.double()))
+    return values, vectors

@@ -11,7 +11,7 @@ from ._sides import Chain, Side
 from ._trees import assign_, dense
 from ._triangles import average_symmetric_, pair_of, symmetric_of, upper_of, write_upper_
 from ._types import Packed
-from .covariances import factored_damping, kronecker_statistics, like_blocks, whitening_root
+from .covariances import eigenbasis, factored_damping, kronecker_statistics, like_blocks, whitening_root
 from .kronecker import Kronecker
 from .qmodules import Carry, Gradients, QModule, Roots, exp_root
 
@@ -238,12 +238,12 @@ class Eigen(QModule):
         self._average_({"cov_L": cov_l, "cov_R": cov_r}, ok)
 
     def refresh_(self, damping: Tensor, ok: Tensor | None = None) -> None:
-        mu_l, vectors_l = torch.linalg.eigh(self.cov_L)
-        mu_r, vectors_r = torch.linalg.eigh(self.cov_R)
-        assign_(self.C_L, vectors_l, ok)
-        assign_(self.C_R, vectors_r, ok)
+        C_L, C_R = eigenbasis(self.cov_L, self.C_L), eigenbasis(self.cov_R, self.C_R)
+        mu_l, mu_r = ((C * (cov @ C)).sum(-2) for C, cov in ((C_L, self.cov_L), (C_R, self.cov_R)))
         mu = self.right.diagonal(mu_r).unsqueeze(-1) * self.left.diagonal(mu_l).unsqueeze(-2)
-        assign_(self.c, (mu.clamp(min=0) + damping).rsqrt(), ok)
+        c = (mu.clamp(min=0) + damping).rsqrt()
+        for kept, new in ((self.C_L, C_L), (self.C_R, C_R), (self.c, torch.where(c.isfinite(), c, self.c))):
+            assign_(kept, new, ok)
 
 
 class Embedding(QModule):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._linalg import inverse_lower
+from ._linalg import eigh, inverse_lower
 from ._opaque import opaque
 from ._sides import Side
 from ._types import LowRank, Packed
@@ -89,3 +89,16 @@ def whitening_root(cov: Tensor, rho: Tensor, previous: Tensor) -> Tensor:
     root = inverse_lower(lower).mT
     good = (info == 0)[..., None, None] & root.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     return torch.where(good, root, previous).contiguous()
+
+
+@opaque("(Tensor cov, Tensor previous) -> Tensor", result=lambda cov, previous: torch.empty_like(cov))
+def eigenbasis(cov: Tensor, previous: Tensor) -> Tensor:
+    """Return the eigenvectors of symmetric matrices, as columns.
+
+    Args:
+        cov: Shape ``[..., n, n]``.
+        previous: The basis to keep where entries are not finite.
+    """
+    good = cov.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    _, vectors = eigh(torch.where(good, cov, 0))
+    return torch.where(good, vectors, previous).contiguous()

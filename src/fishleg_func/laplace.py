@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
+from ._linalg import eigh
 from ._noise import new_noise
 from ._resolve import as_likelihood
 from ._types import Inputs, Params
@@ -312,6 +313,6 @@ class Laplace:
 
 def _root(covariance: Tensor) -> Tensor:
     """Return a root of positive semi-definite matrices, such as those of logits, which may be singular."""
-    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = eigh(covariance)
     root: Tensor = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
     return root
