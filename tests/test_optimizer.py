@@ -174,10 +174,58 @@ def test_sigma_is_learned_in_both_front_ends() -> None:
     assert sigmas[0] == pytest.approx(sigmas[1], rel=1e-5)
 
 
-@pytest.mark.parametrize(("settings", "decay"), [({}, 0.03), ({"step_norm": "kl"}, 0.0), ({"step_norm": None}, 0.0)])
-def test_weight_decay_by_default_goes_with_the_layer_norm(settings: dict[str, Any], decay: float) -> None:
+CLASSES = ff.likelihoods.Categorical(label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "settings", "decay"),
+    [
+        (CLASSES, {}, 0.06),
+        (CLASSES, {"step_norm": "kl"}, 0.0),
+        (CLASSES, {"step_norm": None}, 0.0),
+        *((likelihood(), {}, 0.0) for likelihood in (ff.likelihoods.Gaussian, ff.likelihoods.Bernoulli)),
+    ],
+)
+def test_weight_decay_by_default_is_for_classes(likelihood: Any, settings: dict[str, Any], decay: float) -> None:
     for given, expected in (({}, decay), ({"weight_decay": None}, decay), ({"weight_decay": 0.5}, 0.5)):
-        model = nn.Linear(3, 2).double()
-        step = ff.fishlegify(model, ff.likelihoods.Gaussian(), **settings, **given)
-        optimizer = ff.FishLeg(nn.Linear(3, 2).double(), ff.likelihoods.Gaussian(), **settings, **given)
+        step = ff.fishlegify(nn.Linear(3, 2).double(), likelihood, **settings, **given)
+        optimizer = ff.FishLeg(nn.Linear(3, 2).double(), likelihood, **settings, **given)
         assert step.hyper.weight_decay == optimizer.param_groups[0]["weight_decay"] == expected
+
+
+@pytest.mark.parametrize("call", ["step", "compiled", "update_aux", "natural_gradient"])
+def test_weight_decay_by_default_follows_the_targets(call: str) -> None:
+    torch.manual_seed(0)
+    x, labels, reals = torch.randn(8, 3), torch.randint(2, (8,)), torch.randn(8, 2)
+    for targets, likelihood, decay in (
+        (labels, ff.likelihoods.Categorical(), 0.06),
+        (reals, ff.likelihoods.Gaussian(), 0.0),
+    ):
+        trained = []
+        for given in (likelihood, None):
+            torch.manual_seed(1)
+            model = nn.Linear(3, 2)
+            step = ff.fishlegify(model, given)
+            assert given is not None or step.hyper.weight_decay == 0
+            compiled = torch.compile(step, fullgraph=True, backend="eager") if call == "compiled" else step
+            getattr(compiled, call, compiled)(x, targets)
+            assert step.hyper.weight_decay == pytest.approx(decay)
+            step(x, targets)
+            trained.append(model.weight)
+        assert torch.equal(*trained)
+
+
+def test_weight_decay_that_was_given_stays() -> None:
+    x, labels = torch.randn(8, 3), torch.randint(2, (8,))
+    model = nn.Linear(3, 2)
+    step = ff.fishlegify(model)
+    with pytest.raises(FloatingPointError):
+        step(torch.full_like(x, torch.inf), labels)
+    assert step.hyper.weight_decay == 0 and step.likelihood is None  # as it was
+    step.hyper.weight_decay.fill_(0.25)
+    step(x, labels)
+    assert step.hyper.weight_decay == 0.25
+    for decay in (0.0, 0.25):
+        step = ff.fishlegify(nn.Linear(3, 2), weight_decay=decay)
+        step(x, labels)
+        assert step.hyper.weight_decay == decay

@@ -203,14 +203,14 @@ class Gaussian(Elementwise):
     def tensors(self) -> dict[str, Tensor]:
         return {} if self.log_sigma is None else {"log_sigma": self.log_sigma}
 
-    @torch.no_grad()
     def learn_(self, outputs: Tensor, targets: Tensor, rate: Tensor, ok: Tensor | None = None) -> None:
         if self.log_sigma is None:
             return
-        weight, kept = self.weight(outputs, targets), self.kept(targets)
-        residual = torch.where(kept, targets - outputs, 0) / self._sigma(outputs)
-        gradient = (weight * (1 - residual.square())).sum_to_size(self.log_sigma.shape)
-        self._descend_(self.log_sigma, gradient, weight.expand_as(outputs), rate, ok)
+        with torch.no_grad():  # as a decorator it could not be compiled where the step makes this object
+            weight, kept = self.weight(outputs, targets), self.kept(targets)
+            residual = torch.where(kept, targets - outputs, 0) / self._sigma(outputs)
+            gradient = (weight * (1 - residual.square())).sum_to_size(self.log_sigma.shape)
+            self._descend_(self.log_sigma, gradient, weight.expand_as(outputs), rate, ok)
 
     @torch.no_grad()
     def learn_from_gradient_(self, outputs: Tensor, rate: Tensor, weight: Tensor | None = None) -> None:

@@ -1,4 +1,7 @@
-"""From what users pass as a likelihood, or from targets alone, to a :class:`~fishleg_func.likelihoods.Likelihood`."""
+"""From what users pass as a likelihood, or from targets alone, to a :class:`~fishleg_func.likelihoods.Likelihood`.
+
+And to what follows from it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .likelihoods import Categorical, Gaussian, Likelihood
+
+_CLASSES_DECAY = 0.06  # of weights, where steps have the layer norm
 
 _OPTIONAL = (
     *("fisher", "score", "weight", "masked", "event_dims", "check_shapes", "check_values", "draws"),
@@ -75,3 +80,12 @@ def resolve(outputs: Tensor, targets: Tensor) -> Likelihood:
         f"with outputs of shape {tuple(outputs.shape)}; pass one of fishleg_func.likelihoods: Gaussian(), Bernoulli(), "
         "Categorical(), Poisson(), or your own"
     )
+
+
+def usual_weight_decay(step_norm: str | None, likelihood: Likelihood | None) -> float:
+    """Return what ``weight_decay=None`` is.
+
+    Steps of a given length do not become shorter where the fit becomes certain, and classes are fitted ever better by
+    ever larger weights. Unknown likelihoods have none.
+    """
+    return _CLASSES_DECAY if step_norm == "layer" and isinstance(likelihood, Categorical) else 0.0

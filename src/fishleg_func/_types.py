@@ -123,6 +123,7 @@ class Options:
     fisher: str
     u: str
     step_norm: str | None
+    usual_decay: bool = False  # whether weight decay is what suits the likelihood
 
 
 @dataclass(eq=False)

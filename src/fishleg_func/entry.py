@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks, auxiliary, fisher
-from ._resolve import as_likelihood
+from ._resolve import as_likelihood, usual_weight_decay
 from ._types import Hyper, Options
 from .batch import Runner
 from .likelihoods import Likelihood
@@ -20,7 +20,6 @@ from .transform import Family, make_plan, unwrapped
 
 _KL_CLIP = 1e-3  # nats
 _RELATIVE_DAMPING = 0.03
-_WEIGHT_DECAY = 0.03  # where steps have the layer norm
 _ADAM_LIMIT = 0.1  # an aux_lr for the relative rule would ruin λ under Adam
 
 
@@ -69,7 +68,8 @@ def fishlegify(
         momentum: ``"before"`` averages gradients and applies Q to the average m; ``"nesterov"`` applies it to the
             average of m and g with weights β and 1 - β; ``"after"``, the paper's, averages Q g.
         weight_decay: Decoupled weight decay: parameters shrink by ``lr * weight_decay`` at every step. ``None`` is
-            0.03 with ``step_norm="layer"``, whose steps do not become shorter with the gradient, and else 0.
+            0.06 for a Categorical likelihood with ``step_norm="layer"``, whose steps do not become shorter as the model
+            becomes certain, and else 0.
         damping: γ, in the units of the Fisher; ``None`` for 0.03 times the mean diagonal entry of the Fisher of the
             outputs, as it is along training, so that the scale of the loss does not matter. ``step.damping`` tells.
             Where outputs are certain, and wrong, from the start on, and ``step_norm`` is not ``"layer"``, give a value.
@@ -135,10 +135,13 @@ def fishlegify(
         _checks.kind("generator", generator, torch.Generator, "a torch.Generator")
     if output is not None and not callable(output):
         raise TypeError(f"output={output!r} must be a function from what the model returns to one tensor")
-    options = Options(momentum, update_aux_every, aux_rule, precondition_aux, aux_batch_size, fisher, u, step_norm)
-    weight_decay = usual_weight_decay(step_norm) if weight_decay is None else weight_decay
-    _check(options, lr, beta, weight_decay, damping, aux_lr, aux_betas, aux_eps)
+    options = Options(
+        momentum, update_aux_every, aux_rule, precondition_aux, aux_batch_size, fisher, u, step_norm,
+        usual_decay=weight_decay is None,
+    )  # fmt: skip
     likelihood = None if likelihood is None else as_likelihood(likelihood)
+    weight_decay = usual_weight_decay(step_norm, likelihood) if weight_decay is None else weight_decay
+    _check(options, lr, beta, weight_decay, damping, aux_lr, aux_betas, aux_eps)
     plan = make_plan(model, q, include, exclude)
     _checks.digits_for(fisher, model)
     every = [p for module in plan.q.values() for p in module.parameters()]
@@ -161,11 +164,6 @@ def fishlegify(
     if generator is not None:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     return FishLegStep(Runner(model, plan, likelihood, output, device), hyper, options, rule, seed)
-
-
-def usual_weight_decay(step_norm: str | None) -> float:
-    """Return what ``weight_decay=None`` is."""
-    return _WEIGHT_DECAY if step_norm == "layer" else 0.0
 
 
 def set_damping(hyper: Hyper, damping: float | None) -> None:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
+from ._resolve import usual_weight_decay
 from ._types import Packed
 from .batch import Batch
 from .capture import kept_random_state, set_random_state
 from .diagnostics import Report
-from .entry import fishlegify, set_damping, usual_weight_decay
+from .entry import fishlegify, set_damping
 from .feed import Feed
 from .layer_watch import LayerWatch
 from .left_gradient import LeftGradient
@@ -102,7 +103,7 @@ class FishLeg(torch.optim.Optimizer):
         defaults = {**_DEFAULTS, "betas": (options.pop("beta", 0.9),), "maximize": maximize}
         defaults |= {name: options.pop(name) for name in _DEFAULTS if name in options}
         if defaults["weight_decay"] is None:
-            defaults["weight_decay"] = usual_weight_decay(options.get("step_norm", "layer"))
+            defaults["weight_decay"] = usual_weight_decay(options.get("step_norm", "layer"), likelihood)
         self._called, self._likelihood, self._options, self._start = model, likelihood, options, start
         self._feed = None if aux_loader is None else Feed(aux_loader)
         self._ready = False

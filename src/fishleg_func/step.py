@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from . import _checks, auxiliary, diagnostics
+from ._resolve import usual_weight_decay
 from ._trees import assign_, checksum, dense
 from ._types import Accuracy, Hyper, Inputs, Options, Packed, Params
 from .batch import Batch, Runner
@@ -92,7 +93,11 @@ class FishLegStep(Engine):
             batch.let_go()
             return self.run(inputs, targets)
 
-        ok = self._advance(batch, batch_for_q, due)
+        with tensors_restored_on_error() as save:
+            if self._runner.likelihood is None:
+                save([self.hyper.weight_decay])
+                self._decay_for(batch)
+            ok = self._advance(batch, batch_for_q, due)
         self._runner.settle(batch)
         batch.learn_likelihood_(self.hyper.lr, ok)
         for name, buffer in buffers.items():
@@ -100,6 +105,18 @@ class FishLegStep(Engine):
         loss, _ = batch.gradient()
         assert loss is not None  # there are targets
         return loss
+
+    def _settle(self, batch: Batch) -> None:
+        """Keep the likelihood that a batch has resolved, if it is the first to do so, and what follows from it."""
+        if self._runner.likelihood is None:
+            self._decay_for(batch)
+        self._runner.settle(batch)
+
+    def _decay_for(self, batch: Batch) -> None:
+        """Fill in the weight decay that suits a batch's likelihood, unless one was given."""
+        if self._options.usual_decay:
+            decay, usual = self.hyper.weight_decay, usual_weight_decay(self._options.step_norm, batch.likelihood)
+            decay.copy_(torch.where(decay == 0, usual, decay))
 
     @torch.no_grad()
     def update_aux(self, inputs: Inputs, targets: Tensor | None = None) -> Tensor:
@@ -137,7 +154,7 @@ class FishLegStep(Engine):
                 source = batch if targets is not None else self._runner.run(*self._last, twice=False)  # type: ignore[misc]
                 loss, g = source.gradient()
                 require_finite(loss, checksum(g), lambda: A_GRADIENT)
-                self._runner.settle(source)
+                self._settle(source)
             refresh = is_refresh(self._updates, 1)
             with tensors_restored_on_error() as save:
                 u = self._probe(source, g) if self._learns else None
@@ -173,7 +190,7 @@ class FishLegStep(Engine):
             batch = self._runner.run(inputs, targets, twice=False)
         loss, g = batch.gradient()
         require_finite(loss, checksum(g), lambda: A_GRADIENT)
-        self._runner.settle(batch)
+        self._settle(batch)
         params = self._runner.params()
         natural: Params = {}
         for block in self._runner.plan.blocks:
