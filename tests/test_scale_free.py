@@ -18,18 +18,26 @@ def scaled(step: FishLegStep, factor: float) -> FishLegStep:
     return step
 
 
+def relative_moves(family: str, factor: float) -> dict[str, torch.Tensor]:
+    """What L is multiplied by in an update, by block, where Q is scaled by a factor."""
+    step, x, y = learner("mlp", "categorical", family, step_norm="layer")
+    old = lam_of(scaled(step, factor))
+    step.update_aux(x, y)
+    return {name: old[name]["L"].inverse() @ new["L"] for name, new in lam_of(step).items()}
+
+
 def test_where_steps_have_a_norm_by_layer_the_scale_of_q_is_not_learned() -> None:
-    before, factor = {}, 50.0
-    for size in (1.0, factor):
-        step, x, y = learner("mlp", "categorical", "kfac", step_norm="layer")
-        old = lam_of(scaled(step, size))
-        step.update_aux(x, y)
-        before[size] = {
-            (name, k): old[name][k].inverse() @ new[k] for name, new in lam_of(step).items() for k in ("L",)
-        }
-    for key, moved in before[1.0].items():
-        assert_close(before[factor][key], moved, 1e-8)  # L is moved by the same relative change
+    other = relative_moves("kfac", 50.0)
+    for name, moved in relative_moves("kfac", 1.0).items():
+        assert_close(other[name], moved, 1e-8)  # the same relative change
         assert (moved - torch.eye(len(moved))).abs().max() > 1e-3
+
+
+def test_a_family_without_a_basis_learns_the_scale_whatever_the_norm_of_steps() -> None:
+    for name, large in relative_moves("kronecker", 50.0).items():
+        assert torch.linalg.eigvalsh((large + large.mT) / 2).min() < 0.9  # far too large a Q shrinks along the gradient
+        small = relative_moves("kronecker", 0.02)[name]
+        assert torch.linalg.eigvalsh((small + small.mT) / 2).max() > 1.1  # far too small a one grows
 
 
 @pytest.mark.parametrize("family", reference.FAMILIES)

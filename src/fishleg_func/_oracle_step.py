@@ -311,7 +311,7 @@ def training_step(
         moments: Adam's moments by block, as in the last result; by default zeros.
         curvature: Matrix in place of the exact F, ``[P, P]``.
         probe: u before its scaling, ``[P]``; by default the gradient.
-        scale_free: Whether the scale of Q does not count for what lambda descends, in "kronecker" and "kfac" blocks.
+        scale_free: Whether the scale of Q does not count for what lambda descends, in "kfac" blocks.
 
     Returns:
         What the step computed and the state after it; the model and the arguments are not changed.
@@ -348,7 +348,7 @@ def training_step(
         q, u = _whole(new, layout), g if probe is None else probe.double()
         size = (u @ q.detach() @ u).sqrt() if aux_rule == "relative" else u.norm()
         u = u / size if size > 0 else u
-        free = [layout[name][0] for name, b in blocks.items() if scale_free and b.family in ("kronecker", "kfac")]
+        free = [layout[name][0] for name, b in blocks.items() if scale_free and b.family == "kfac"]
         value = surrogate(F, damping, q, u, precondition_aux, free)
         auxiliary = auxiliary_loss(F, damping, q, u).detach()
         for name, b in list(new.items()):

@@ -109,6 +109,7 @@ class KFAC(Kronecker):
     """
 
     takes_rows = True
+    scale_free = True
     inverts = True
     pair_L: Tensor
     pair_R: Tensor

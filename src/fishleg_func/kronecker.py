@@ -35,7 +35,6 @@ class Kronecker(QModule):
         [[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]]
     """
 
-    scale_free = True
     keeps_factors = True
     L: Tensor
     R: Tensor
@@ -139,7 +138,6 @@ class ScaledKronecker(Kronecker):
         [[1.0, 1.0]]
     """
 
-    scale_free = False
     keeps_factors = False
     s: Tensor
 

@@ -53,7 +53,7 @@ class QModule(nn.Module, ABC):
     """
 
     takes_rows = False  # whether gather_ is better served with factors over rows than with a dense gradient
-    scale_free = False  # whether λ can learn the shape of Q alone: its rule moves whole matrices
+    scale_free = False  # whether λ may learn the shape of Q alone: its basis gives the scale
     inverts = False  # whether unact costs no more than some products with Q, so that m need not be kept
     keeps_factors = False  # whether Q of a factored matrix is factored, and moves of λ cost less for it
     shape: tuple[int, ...]
