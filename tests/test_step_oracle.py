@@ -35,7 +35,7 @@ from fishleg_func import reference
 from fishleg_func.curvature import Curvature, Learned
 from fishleg_func.step import FishLegStep
 
-REFRESH, LEARN, PLAIN = 0, 10, 11  # values of the step counter at update_aux_every=10
+REFRESH, LEARN, PLAIN = 0, 50, 51  # values of the step counter at update_aux_every=10
 ARRANGEMENTS = [
     (None, "before"), ("kl", "before"), ("layer", "before"), (None, "after"), ("layer", "after"),
     (None, "nesterov"), ("kl", "nesterov"), ("layer", "nesterov"),

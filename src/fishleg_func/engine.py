@@ -21,7 +21,7 @@ from .curvature import Curvature, require_finite
 from .likelihoods import Likelihood
 from .momentum import A_GRADIENT, Direction, Momentum
 from .qmodules import QModule
-from .schedule import CADENCE, Due, is_due, is_refresh
+from .schedule import ALONE, CADENCE, Due, is_due, is_refresh
 from .transform import Plan
 
 
@@ -224,9 +224,10 @@ class Engine:
 
     def _due(self) -> Due:
         """Tell what the next step does; by default λ moves with the bases, if all blocks have one."""
-        every = self._options.update_aux_every
-        statistics = is_due(self._t, every or CADENCE)
-        refresh = statistics and is_refresh(self._t, every or CADENCE)
+        every = self._options.update_aux_every or CADENCE
+        first = every if not self._learns or all(q.has_basis for q in self.q.values()) else max(every, ALONE)
+        statistics = is_due(self._t, every, first)
+        refresh = statistics and is_refresh(self._t, every)
         return Due(statistics, refresh, self._learns and (refresh if self._moves_rarely else statistics))
 
     def _advance(self, source: Gradient, batch_for_q: Callable[[], Batch], due: Due) -> Tensor | None:

@@ -75,8 +75,8 @@ def fishlegify(
             Where outputs are certain, and wrong, from the start on, and ``step_norm`` is not ``"layer"``, give a value.
         update_aux_every: Steps between auxiliary updates of λ, and between statistics (the first ``update_aux_every``
             steps all make one). By default these are 10, and λ moves in those that refresh the bases, 160 steps apart
-            in the long run; or in each, where a family has no basis. 0 never updates λ, which leaves the families'
-            bases: K-FAC for ``"kfac"``.
+            in the long run. Where a family has no basis, λ moves in each, and the first 50 steps, if not more, all make
+            one. 0 never updates λ, which leaves the families' bases: K-FAC for ``"kfac"``.
         aux_rule: ``"relative"`` moves λ multiplicatively; ``"adam"`` is the paper's.
         aux_lr: Rate of the rule: 0.2 suits ``"relative"``, about 1e-3 ``"adam"``.
         aux_betas: Decay of Adam's two moments, with ``aux_rule="adam"``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 CADENCE = 10  # steps between statistics where ``update_aux_every`` does not say
+ALONE = 50  # first steps that all move λ where there is a family without a basis
 _REFRESHES = ((1, 2), (10, 4), (40, 8), (80, 16))  # from which curvature step on, one in how many refreshes the bases
 
 
@@ -22,17 +23,18 @@ class Due(NamedTuple):
     learn: bool
 
 
-def is_due(t: int, every: int) -> bool:
-    """Tell whether step t updates the curvature: each of the first ``every`` steps, then one in ``every``.
+def is_due(t: int, every: int, first: int) -> bool:
+    """Tell whether step t updates the curvature: each of the first steps, then one in ``every``.
 
     Args:
         t: Steps so far.
         every: The cadence.
+        first: How many are the first: ``every``, or :data:`ALONE` if that is more and λ has no basis to start from.
 
     Returns:
         One arithmetic expression, so that a compiled step has two variants whatever t is.
     """
-    return (t // every) * (t % every) == 0
+    return (t // first) * (t % every) == 0
 
 
 def is_refresh(t: int, every: int) -> bool:
