@@ -54,7 +54,7 @@ UNSUPPORTED = {("original", "transformer")}  # it trains nothing but a nested nn
 
 def kind(t: int) -> str:
     """Return the kind of FishLeg's step number t at the defaults."""
-    return "plain" if not is_due(t, CADENCE) else "refresh" if is_refresh(t, CADENCE) else "statistics"
+    return "plain" if not is_due(t, CADENCE, CADENCE) else "refresh" if is_refresh(t, CADENCE) else "statistics"
 
 
 KINDS = ("plain", "statistics", "refresh")
