@@ -32,15 +32,16 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from step_cost import kind
 from torch import Tensor, nn
 
 import fishleg_func as ff
-from fishleg_func.schedule import CADENCE, is_due, is_refresh
+from fishleg_func.schedule import CADENCE
 
 FEATURES, CLASSES, BATCH, BAG = 64, 10, 64, 16  # what does not grow in a sweep; BAG: words in an example
 WIDTH = 256  # of the hidden layers where depth or batch grows
 MAX_DIM = 4096  # longest side of a dense factor of Q, the library's default
-PERIOD, START = 8 * CADENCE, 40 * CADENCE  # of the schedule, which is steady from then on: length and a start
+PERIOD, START = 16 * CADENCE, 80 * CADENCE  # of the schedule, which is steady from then on: length and a start
 RATE = 1e-5  # of learning: the model stays about where it started, so that no number becomes subnormal and slow
 TOLERANCE = 0.15  # of an exponent, for noise
 FAR_BELOW = 0.1  # largest part of a vocabulary x vocabulary matrix that the peak of memory may be
@@ -191,11 +192,6 @@ def peak_bytes(device: str) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-
-
-def kind(t: int) -> str:
-    """Return the class of step t."""
-    return "plain" if not is_due(t, CADENCE) else "refresh" if is_refresh(t, CADENCE) else "statistics"
 
 
 def problem(name: str, size: int, device: str) -> Problem:
