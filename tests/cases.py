@@ -234,10 +234,15 @@ def snapshot(model: nn.Module, step: FishLegStep | None = None) -> dict[str, Any
     return state
 
 
+def identical(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors are equal, NaN to NaN."""
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
 def assert_same(before: Any, after: Any, where: str = "") -> None:
     """Hold that two snapshots are equal, tensors bit for bit."""
     if isinstance(before, Tensor):
-        assert torch.equal(before, after), f"{where} changed"
+        assert identical(before, after), f"{where} changed"
     elif isinstance(before, Mapping):
         assert before.keys() == after.keys(), f"{where}: {before.keys() ^ after.keys()}"
         for key in before:

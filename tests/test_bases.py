@@ -109,13 +109,14 @@ def test_eigenbasis_keeps_what_it_has_of_statistics_that_overflow() -> None:
     vectors = eigenbasis(cov, 7 * torch.ones(2, 2, 2))
     assert torch.equal(vectors[0].abs(), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
     assert torch.equal(vectors[1], 7 * torch.ones(2, 2))
-    q = FAMILIES["eigen"]((2, 2))
-    q.gather_(torch.eye(2))
-    q.refresh_(torch.tensor(1.0))
-    before = q.dense()
-    q.cov_R.fill_(math.inf)
-    q.refresh_(torch.tensor(1.0))
-    torch.testing.assert_close(q.dense(), before)
+    for entry in (math.inf, -math.inf, math.nan):
+        q = FAMILIES["eigen"]((3, 2))
+        q.gather_(torch.randn(3, 2, generator=torch.Generator().manual_seed(0)))
+        q.refresh_(torch.tensor(1.0))
+        before = q.dense()
+        q.cov_R[0, 0] = entry
+        q.refresh_(torch.tensor(1.0))
+        torch.testing.assert_close(q.dense(), before)
 
 
 @pytest.mark.parametrize("name", ["kfac", "eigen", "diagonal", "embedding"])

@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "paired": {"update_aux_every": 3, "momentum": "before", "u": "momentum", "step_norm": "kl"},
     "gaussian": {"u": "gaussian", "step_norm": None, "lr": 1e-2, "damping": 0.1, "momentum": "after"},
-    "adam": {"aux_rule": "adam", "aux_lr": 1e-3, "q": "kronecker"},
+    "adam": {"aux_rule": "adam", "aux_lr": 1e-3, "update_aux_every": 10},
     "eigen": {"q": "eigen"},
     "part": {"aux_batch_size": 4},
 }

@@ -32,7 +32,8 @@ def test_it_takes_the_steps_of_the_step_function(name: str, options: str) -> Non
             if isinstance(m, nn.Dropout):
                 m.p = 0.0
     optimizer = optimizer_of(mine, **OPTIONS[options])
-    losses = train(optimizer, mine, name, range(20))
+    count = 12 if options == "adam" else 20  # the sign of a gradient that is rounding error moves λ as far as any
+    losses = train(optimizer, mine, name, range(count))
     step = ff.fishlegify(other, Categorical(), generator=generator(3), **OPTIONS[options])
     for i, loss in enumerate(losses):
         torch.manual_seed(i)
@@ -206,26 +207,42 @@ def test_weight_decay_by_default_follows_the_targets(call: str) -> None:
             torch.manual_seed(1)
             model = nn.Linear(3, 2)
             step = ff.fishlegify(model, given)
-            assert given is not None or step.hyper.weight_decay == 0
+            assert given is not None or step.hyper.weight_decay.isnan()
             compiled = torch.compile(step, fullgraph=True, backend="eager") if call == "compiled" else step
             getattr(compiled, call, compiled)(x, targets)
-            assert step.hyper.weight_decay == pytest.approx(decay)
             step(x, targets)
+            assert step.hyper.weight_decay == pytest.approx(decay)
             trained.append(model.weight)
         assert torch.equal(*trained)
 
 
 def test_weight_decay_that_was_given_stays() -> None:
     x, labels = torch.randn(8, 3), torch.randint(2, (8,))
-    model = nn.Linear(3, 2)
-    step = ff.fishlegify(model)
-    with pytest.raises(FloatingPointError):
-        step(torch.full_like(x, torch.inf), labels)
-    assert step.hyper.weight_decay == 0 and step.likelihood is None  # as it was
-    step.hyper.weight_decay.fill_(0.25)
-    step(x, labels)
-    assert step.hyper.weight_decay == 0.25
     for decay in (0.0, 0.25):
-        step = ff.fishlegify(nn.Linear(3, 2), weight_decay=decay)
+        step = ff.fishlegify(nn.Linear(3, 2))
+        for refused in (lambda: step(x / 0, labels), lambda: step.update_aux(1e25 * x, labels)):  # noqa: B023
+            with pytest.raises(FloatingPointError):
+                refused()
+            assert step.hyper.weight_decay.isnan() and step.likelihood is None  # as it was
+        step.hyper.weight_decay.fill_(decay)
         step(x, labels)
-        assert step.hyper.weight_decay == decay
+        given = ff.fishlegify(nn.Linear(3, 2), weight_decay=decay)
+        given(x, labels)
+        again = ff.fishlegify(nn.Linear(3, 2))
+        again.load_state_dict(step.state_dict())
+        again(x, labels)
+        assert step.hyper.weight_decay == given.hyper.weight_decay == again.hyper.weight_decay == decay
+
+
+def test_a_state_from_before_the_likelihood_was_known() -> None:
+    x, labels = torch.randn(8, 3), torch.randint(2, (8,))
+    state = ff.fishlegify(nn.Linear(3, 2)).state_dict()
+    for likelihood in (None, ff.likelihoods.Categorical()):
+        step = ff.fishlegify(nn.Linear(3, 2), likelihood)
+        step.load_state_dict(state)
+        step(x, labels)
+        assert step.hyper.weight_decay == pytest.approx(0.06)
+    several = ff.fishlegify(nn.Linear(3, 2))
+    several.regroup(2, {"weight": 1, "bias": 0})
+    several(x, labels)
+    assert [hyper.weight_decay.item() for hyper in several.hypers] == pytest.approx([0.06, 0.06])

@@ -207,7 +207,7 @@ def test_d14_update_aux_every_is_what_it_says() -> None:
     step = ff.fishlegify(linear(), q="kronecker", update_aux_every=0)
     step(X, LABELS)
     assert torch.equal(step.q["(root)"].dense(), torch.eye(12).double())
-    step, moves = ff.fishlegify(linear(), q="kronecker", update_aux_every=3), []
+    step, moves = ff.fishlegify(linear(), q="kfac", update_aux_every=3), []
     for _ in range(10):
         before = step.q["(root)"].dense()
         step(X, LABELS)

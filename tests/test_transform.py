@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cases import identical
 from torch import Tensor, nn
 
 import fishleg_func as ff
@@ -33,7 +34,7 @@ def snapshot(model: nn.Module, step: ff.FishLegStep | None = None) -> dict[str, 
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
     """Return the names of what is not the same to the last bit."""
     names = sorted(before.keys() | after.keys())
-    return [k for k in names if k not in before or k not in after or not torch.equal(before[k], after[k])]
+    return [k for k in names if k not in before or k not in after or not identical(before[k], after[k])]
 
 
 class Shape(NamedTuple):

@@ -1,10 +1,11 @@
 """From what users pass as a likelihood, or from targets alone, to a :class:`~fishleg_func.likelihoods.Likelihood`.
 
-And to what follows from it.
+And the weight decay that goes with it.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -83,9 +84,11 @@ def resolve(outputs: Tensor, targets: Tensor) -> Likelihood:
 
 
 def usual_weight_decay(step_norm: str | None, likelihood: Likelihood | None) -> float:
-    """Return what ``weight_decay=None`` is.
+    """Return what ``weight_decay=None`` is; NaN where that depends on a likelihood that is not known yet.
 
     Steps of a given length do not become shorter where the fit becomes certain, and classes are fitted ever better by
-    ever larger weights. Unknown likelihoods have none.
+    ever larger weights. Likelihoods of one's own have none.
     """
-    return _CLASSES_DECAY if step_norm == "layer" and isinstance(likelihood, Categorical) else 0.0
+    if step_norm != "layer":
+        return 0.0
+    return math.nan if likelihood is None else _CLASSES_DECAY if isinstance(likelihood, Categorical) else 0.0

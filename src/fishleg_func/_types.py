@@ -123,7 +123,6 @@ class Options:
     fisher: str
     u: str
     step_norm: str | None
-    usual_decay: bool = False  # whether weight decay is what suits the likelihood
 
 
 @dataclass(eq=False)
@@ -135,7 +134,8 @@ class Hyper:
         damping: The fixed part of γ, in the units of the Fisher.
         relative_damping: The part of γ that follows the outputs: a multiple of the mean of their Fisher's diagonal.
         aux_lr: Rate of the auxiliary update of λ.
-        weight_decay: Decoupled: parameters shrink by ``lr * weight_decay`` at every step.
+        weight_decay: Decoupled: parameters shrink by ``lr * weight_decay`` at every step. NaN where it is to suit a
+            likelihood that is not known yet.
         beta: Decay of the momentum.
         kl_clip: Bound on the predicted KL divergence of a step, used with ``step_norm="kl"``.
     """

@@ -242,8 +242,8 @@ class Eigen(QModule):
         C_L, C_R = eigenbasis(self.cov_L, self.C_L), eigenbasis(self.cov_R, self.C_R)
         mu_l, mu_r = ((C * (cov @ C)).sum(-2) for C, cov in ((C_L, self.cov_L), (C_R, self.cov_R)))
         mu = self.right.diagonal(mu_r).unsqueeze(-1) * self.left.diagonal(mu_l).unsqueeze(-2)
-        c = (mu.clamp(min=0) + damping).rsqrt()
-        for kept, new in ((self.C_L, C_L), (self.C_R, C_R), (self.c, torch.where(c.isfinite(), c, self.c))):
+        c = torch.where(mu.isfinite(), (mu.clamp(min=0) + damping).rsqrt(), self.c)
+        for kept, new in ((self.C_L, C_L), (self.C_R, C_R), (self.c, c)):
             assign_(kept, new, ok)
 
 

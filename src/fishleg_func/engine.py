@@ -13,6 +13,7 @@ from torch import Tensor
 from . import _checks, auxiliary
 from ._noise import Noise
 from ._opaque import readable
+from ._resolve import usual_weight_decay
 from ._trees import assign_, checksum, dense, descend_, inverse_or_zero, total
 from ._types import Groups, Hyper, Inputs, Options, Packed, Params
 from .batch import Batch, Runner
@@ -61,6 +62,7 @@ class Engine:
         self._noise, self._meter = Noise(seed, runner.device), Noise(~seed, runner.device)  # of training, of accuracy()
         self._t = 0  # steps so far
         self._updates = 0  # calls of update_aux so far
+        self._decay_waits = bool(hyper.weight_decay.isnan())  # for a likelihood
         self._removed = False
         weakref.finalize(self, runner.capture.remove)
         if runner.device.type == "cuda":
@@ -168,9 +170,12 @@ class Engine:
     @property
     def _moves_rarely(self) -> bool:
         """Whether λ moves with the bases only, or never."""
-        return not self._learns or (
-            self._options.update_aux_every is None and all(q.has_basis for q in self.q.values())
-        )
+        return not self._learns or (self._options.update_aux_every is None and self._based)
+
+    @property
+    def _based(self) -> bool:
+        """Whether all families have a basis."""
+        return all(q.has_basis for q in self.q.values())
 
     def advance(self, source: Gradient, batch_for_q: Callable[[], Batch]) -> None:
         """Take a step along a gradient that was made elsewhere, after :meth:`check`; eager only.
@@ -222,10 +227,16 @@ class Engine:
         """Raise ValueError unless a state has the names and shapes of this one."""
         _checks.same_state(self.live_state(), state)
 
+    def _fill_in_decay(self, likelihood: Likelihood) -> None:
+        """Let weight decay that waits for a likelihood be what suits this one."""
+        usual = usual_weight_decay(self._options.step_norm, likelihood)
+        for hyper in self.hypers:
+            hyper.weight_decay.copy_(torch.where(hyper.weight_decay.isnan(), usual, hyper.weight_decay))
+
     def _due(self) -> Due:
         """Tell what the next step does; by default λ moves with the bases, if all blocks have one."""
         every = self._options.update_aux_every or CADENCE
-        first = every if not self._learns or all(q.has_basis for q in self.q.values()) else max(every, ALONE)
+        first = max(every, ALONE) if self._learns and not self._based else every
         statistics = is_due(self._t, every, first)
         refresh = statistics and is_refresh(self._t, every)
         return Due(statistics, refresh, self._learns and (refresh if self._moves_rarely else statistics))
@@ -371,6 +382,7 @@ class Engine:
         self.check_state(state)
         for name, tensor in self._tensors().items():
             tensor.copy_(state[name])
+        self._decay_waits = bool(self.hyper.weight_decay.isnan())
         self._t, self._updates = int(state["t"]), int(state["updates"])
         self._curvature.adopt()
         self._averages.forget()

@@ -135,13 +135,10 @@ def fishlegify(
         _checks.kind("generator", generator, torch.Generator, "a torch.Generator")
     if output is not None and not callable(output):
         raise TypeError(f"output={output!r} must be a function from what the model returns to one tensor")
-    options = Options(
-        momentum, update_aux_every, aux_rule, precondition_aux, aux_batch_size, fisher, u, step_norm,
-        usual_decay=weight_decay is None,
-    )  # fmt: skip
+    options = Options(momentum, update_aux_every, aux_rule, precondition_aux, aux_batch_size, fisher, u, step_norm)
+    _check(options, lr, beta, weight_decay, damping, aux_lr, aux_betas, aux_eps)
     likelihood = None if likelihood is None else as_likelihood(likelihood)
     weight_decay = usual_weight_decay(step_norm, likelihood) if weight_decay is None else weight_decay
-    _check(options, lr, beta, weight_decay, damping, aux_lr, aux_betas, aux_eps)
     plan = make_plan(model, q, include, exclude)
     _checks.digits_for(fisher, model)
     every = [p for module in plan.q.values() for p in module.parameters()]
@@ -176,7 +173,7 @@ def _check(
     options: Options,
     lr: float,
     beta: float,
-    weight_decay: float,
+    weight_decay: float | None,
     damping: float | None,
     aux_lr: float,
     aux_betas: tuple[float, float],
@@ -188,7 +185,8 @@ def _check(
     if damping is not None:
         _checks.number("damping", damping, 0, math.inf, f"{small}, or None", low_open=True)
     _checks.number("aux_lr", aux_lr, 0, math.inf, "use 0.2 with the relative rule, 1e-3 with Adam", low_open=True)
-    _checks.number("weight_decay", weight_decay, 0, math.inf, "use 0 for none")
+    if weight_decay is not None:
+        _checks.number("weight_decay", weight_decay, 0, math.inf, "use 0 for none")
     _checks.number("beta", beta, 0, 1, "use 0.9, or 0 for no momentum")
     if options.update_aux_every is not None:
         _checks.integer("update_aux_every", options.update_aux_every, 0, "use 0 to never update λ")

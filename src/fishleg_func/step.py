@@ -11,7 +11,6 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from . import _checks, auxiliary, diagnostics
-from ._resolve import usual_weight_decay
 from ._trees import assign_, checksum, dense
 from ._types import Accuracy, Hyper, Inputs, Options, Packed, Params
 from .batch import Batch, Runner
@@ -94,10 +93,11 @@ class FishLegStep(Engine):
             return self.run(inputs, targets)
 
         with tensors_restored_on_error() as save:
-            if self._runner.likelihood is None:
-                save([self.hyper.weight_decay])
-                self._decay_for(batch)
+            if self._decay_waits:
+                save([hyper.weight_decay for hyper in self.hypers])
+                self._fill_in_decay(batch.likelihood)
             ok = self._advance(batch, batch_for_q, due)
+        self._decay_waits = False
         self._runner.settle(batch)
         batch.learn_likelihood_(self.hyper.lr, ok)
         for name, buffer in buffers.items():
@@ -106,24 +106,12 @@ class FishLegStep(Engine):
         assert loss is not None  # there are targets
         return loss
 
-    def _settle(self, batch: Batch) -> None:
-        """Keep the likelihood that a batch has resolved, if it is the first to do so, and what follows from it."""
-        if self._runner.likelihood is None:
-            self._decay_for(batch)
-        self._runner.settle(batch)
-
-    def _decay_for(self, batch: Batch) -> None:
-        """Fill in the weight decay that suits a batch's likelihood, unless one was given."""
-        if self._options.usual_decay:
-            decay, usual = self.hyper.weight_decay, usual_weight_decay(self._options.step_norm, batch.likelihood)
-            decay.copy_(torch.where(decay == 0, usual, decay))
-
     @torch.no_grad()
     def update_aux(self, inputs: Inputs, targets: Tensor | None = None) -> Tensor:
         r"""Make one auxiliary update: statistics, bases on a schedule of their own, and λ; the parameters stay.
 
-        With ``step_norm="layer"`` λ learns no scale from gradients; for a Q that is to be the inverse Fisher, and not
-        only to give a direction, take ``step_norm=None`` or ``u="gaussian"``.
+        With ``step_norm="layer"`` λ of ``"kfac"`` learns no scale from gradients; for a Q that is to be the inverse
+        Fisher, and not only to give a direction, take ``step_norm=None`` or ``u="gaussian"``.
 
         Args:
             inputs: What the model is called with.
@@ -154,7 +142,6 @@ class FishLegStep(Engine):
                 source = batch if targets is not None else self._runner.run(*self._last, twice=False)  # type: ignore[misc]
                 loss, g = source.gradient()
                 require_finite(loss, checksum(g), lambda: A_GRADIENT)
-                self._settle(source)
             refresh = is_refresh(self._updates, 1)
             with tensors_restored_on_error() as save:
                 u = self._probe(source, g) if self._learns else None
@@ -165,6 +152,7 @@ class FishLegStep(Engine):
                 value = self._curvature.move(prepared).value
                 self._curvature.gather(prepared)
                 self._averages.renew(m)
+        self._runner.settle(source)
         self._updates += 1
         self._noise.advance_()
         return value
@@ -190,7 +178,7 @@ class FishLegStep(Engine):
             batch = self._runner.run(inputs, targets, twice=False)
         loss, g = batch.gradient()
         require_finite(loss, checksum(g), lambda: A_GRADIENT)
-        self._settle(batch)
+        self._runner.settle(batch)
         params = self._runner.params()
         natural: Params = {}
         for block in self._runner.plan.blocks:
