@@ -32,7 +32,7 @@ def is_due(t: int, every: int, first: int) -> bool:
         first: How many are the first: ``every``, or :data:`ALONE` if that is more and λ has no basis to start from.
 
     Returns:
-        One arithmetic expression, so that a compiled step has two variants whatever t is.
+        Whether it does: one arithmetic expression, so that a compiled step has two variants whatever t is.
     """
     return (t // first) * (t % every) == 0
 
@@ -49,7 +49,7 @@ def is_refresh(t: int, every: int) -> bool:
         every: The cadence.
 
     Returns:
-        One arithmetic expression, as in :func:`is_due`.
+        Whether it does: one arithmetic expression, as in :func:`is_due`.
     """
     first = every // (t + 1)  # zero from step ``every`` on
     misses = [(t // (start * every)) * (t % (period * every)) for start, period in _REFRESHES]
