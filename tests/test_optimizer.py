@@ -204,6 +204,7 @@ def test_weight_decay_by_default_follows_the_targets(call: str) -> None:
     ):
         trained = []
         for given in (likelihood, None):
+            torch._dynamo.reset()  # of graphs there may be a few only
             torch.manual_seed(1)
             model = nn.Linear(3, 2)
             step = ff.fishlegify(model, given)

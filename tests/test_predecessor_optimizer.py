@@ -129,6 +129,7 @@ def test_d54_batches_may_be_dicts_and_outputs_objects() -> None:
 
 
 def test_d55_a_step_compiles_whole() -> None:
+    torch._dynamo.reset()
     model = built("mlp")
     step = torch.compile(ff.fishlegify(model, Categorical()), fullgraph=True, backend="aot_eager")
     first = step(*MODELS["mlp"][1](0))

@@ -62,7 +62,7 @@ class Engine:
         self._noise, self._meter = Noise(seed, runner.device), Noise(~seed, runner.device)  # of training, of accuracy()
         self._t = 0  # steps so far
         self._updates = 0  # calls of update_aux so far
-        self._decay_waits = bool(hyper.weight_decay.isnan())  # for a likelihood
+        self._decay_waits = runner.likelihood is None
         self._removed = False
         weakref.finalize(self, runner.capture.remove)
         if runner.device.type == "cuda":

@@ -97,7 +97,8 @@ class FishLegStep(Engine):
                 save([hyper.weight_decay for hyper in self.hypers])
                 self._fill_in_decay(batch.likelihood)
             ok = self._advance(batch, batch_for_q, due)
-        self._decay_waits = False
+        if self._decay_waits:
+            self._decay_waits = False
         self._runner.settle(batch)
         batch.learn_likelihood_(self.hyper.lr, ok)
         for name, buffer in buffers.items():
