@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gaussian": {"u": "gaussian", "step_norm": None, "lr": 1e-2, "damping": 0.1, "momentum": "after"},
     "adam": {"aux_rule": "adam", "aux_lr": 1e-3, "update_aux_every": 10},
     "eigen": {"q": "eigen"},
+    "kronecker": {"q": "kronecker"},
     "part": {"aux_batch_size": 4},
 }
 

@@ -89,6 +89,6 @@ def usual_weight_decay(step_norm: str | None, likelihood: Likelihood | None) -> 
     Steps of a given length do not become shorter where the fit becomes certain, and classes are fitted ever better by
     ever larger weights. Likelihoods of one's own have none.
     """
-    if step_norm != "layer":
-        return 0.0
-    return math.nan if likelihood is None else _CLASSES_DECAY if isinstance(likelihood, Categorical) else 0.0
+    if step_norm == "layer" and likelihood is None:
+        return math.nan
+    return _CLASSES_DECAY if step_norm == "layer" and isinstance(likelihood, Categorical) else 0.0
