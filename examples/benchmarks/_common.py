@@ -220,8 +220,15 @@ def make_soap(problem: Problem, model: nn.Module) -> Contender:
 
 
 def make_shampoo(problem: Problem, model: nn.Module) -> Contender:
-    """Return Shampoo, which takes the roots of its matrices every so many steps (at the defaults: at each)."""
-    optimizer = importlib.import_module("pytorch_optimizer").Shampoo(model.parameters())
+    """Return Shampoo with blocks, momentum as an average, roots every ten steps, and lengths of RMSProp, as is usual.
+
+    The package's defaults take the roots every thousand steps, and lengths of SGD; its first Shampoo takes them at each.
+    """
+    shampoo = importlib.import_module("pytorch_optimizer.optimizer.shampoo")
+    optimizer = shampoo.ScalableShampoo(
+        model.parameters(), betas=(0.9, 0.95), moving_average_for_momentum=True, start_preconditioning_step=10,
+        preconditioning_compute_steps=10, graft_type=shampoo.LayerWiseGrafting.RMSPROP,
+    )  # fmt: skip
     return conventional(problem, model, [optimizer], optimizer.preconditioning_compute_steps)
 
 
@@ -293,7 +300,7 @@ def tensor_bytes(state: Any) -> int:
         return state.numel() * state.element_size()
     if isinstance(state, Mapping | list | tuple):
         return sum(map(tensor_bytes, state.values() if isinstance(state, Mapping) else state))
-    return 0
+    return tensor_bytes(vars(state)) if type(state).__module__.startswith("pytorch_optimizer") else 0
 
 
 MAKERS: dict[str, Callable[[Problem, nn.Module], Contender]] = {

@@ -45,7 +45,7 @@ GRIDS = {
     "adamw": (5e-4, 1e-3, 2e-3, 4e-3),
     "muon": (1e-3, 2e-3, 4e-3, 8e-3),
     "soap": (1e-3, 2e-3, 4e-3, 8e-3),
-    "shampoo": (1e-2, 3e-2, 1e-1, 3e-1),
+    "shampoo": (1e-3, 2e-3, 4e-3, 8e-3),
     "original": (1e-4, 1e-3, 1e-2, 1e-1),
     "kfac": (7.5e-3, 1.5e-2, 3e-2, 6e-2),
     "fishleg-tuned": (7.5e-3, 1.5e-2, 3e-2, 6e-2),
