@@ -222,7 +222,7 @@ def make_soap(problem: Problem, model: nn.Module) -> Contender:
 def make_shampoo(problem: Problem, model: nn.Module) -> Contender:
     """Return Shampoo with blocks, momentum as an average, roots every ten steps, and lengths of RMSProp, as is usual.
 
-    The package's defaults take the roots every thousand steps, and lengths of SGD; its first Shampoo takes them at each.
+    By default the package takes roots every thousand steps, and lengths of SGD; its first Shampoo takes them at each.
     """
     shampoo = importlib.import_module("pytorch_optimizer.optimizer.shampoo")
     optimizer = shampoo.ScalableShampoo(
