@@ -185,11 +185,12 @@ def _times_inverse(x: Tensor, matrix: Tensor) -> Tensor:
         x: Rows, ``[..., rows, n]``.
         matrix: K, positive definite up to rounding and to padded coordinates, which are zero: ``[..., n, n]``.
     """
-    info = torch.finfo(matrix.dtype)
-    unit = matrix.abs().amax((-2, -1), keepdim=True).clamp(min=info.tiny)  # squares of large entries overflow
-    scaled, eye = matrix / unit, torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    floor = 4 * info.eps * torch.linalg.matrix_norm(scaled, keepdim=True) + info.tiny
-    lower, failed = torch.linalg.cholesky_ex(scaled + floor * eye)
+    info, diagonal = torch.finfo(matrix.dtype), matrix.diagonal(dim1=-2, dim2=-1)
+    unit = diagonal.amax(-1)[..., None, None].clamp(min=info.tiny)  # K has no larger entry; squares of it overflow
+    scaled = matrix / unit
+    floor = 4 * info.eps * torch.linalg.matrix_norm(scaled) + info.tiny
+    scaled.diagonal(dim1=-2, dim2=-1).add_(floor.unsqueeze(-1))
+    lower, failed = torch.linalg.cholesky_ex(scaled)
     result = torch.cholesky_solve((x / unit).mT, lower).mT
     return torch.where(failed[..., None, None] == 0, result, 0).contiguous()
 
