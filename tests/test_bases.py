@@ -66,6 +66,10 @@ def test_whitening_root_keeps_the_basis_where_the_factorization_fails() -> None:
     cov = torch.stack((4 * torch.eye(2), -torch.eye(2), torch.full((2, 2), math.nan)))
     root = whitening_root(cov, torch.zeros(3), previous=7 * torch.ones(3, 2, 2))
     assert torch.equal(root, torch.stack((0.5 * torch.eye(2), 7 * torch.ones(2, 2), 7 * torch.ones(2, 2))))
+    kept = whitening_root(
+        torch.eye(40).expand(2, 40, 40), torch.tensor([math.inf, 3.0]), previous=torch.ones(2, 40, 40)
+    )
+    assert torch.equal(kept, torch.stack((torch.ones(40, 40), 0.5 * torch.eye(40))))  # π overflows where d is all zero
     cov = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
     root = whitening_root(cov, torch.tensor(0.5), previous=torch.zeros(2, 2))
     torch.testing.assert_close(root @ root.mT, torch.linalg.inv(cov + 0.5 * torch.eye(2)))

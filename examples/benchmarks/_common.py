@@ -23,6 +23,10 @@ Batch = tuple[Tensor, Tensor]  # (inputs, targets)
 AUTOENCODER = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 IMAGE = 28  # height and width of the images of the CNN
 CLASSES = 10
+SHAMPOO = {
+    "betas": (0.9, 0.95), "moving_average_for_momentum": True, "start_preconditioning_step": 10,
+    "preconditioning_compute_steps": 10, "shape_interpretation": False,
+}  # fmt: skip
 AUXILIARY = 16  # batches that the original FishLeg learns Q from
 VOCABULARY, WIDTH, HEADS, DEPTH, LENGTH = 256, 256, 4, 4, 128  # of the transformer
 SMALL = 8  # width of the MLP
@@ -223,12 +227,10 @@ def make_shampoo(problem: Problem, model: nn.Module) -> Contender:
     """Return Shampoo with blocks, momentum as an average, roots every ten steps, and lengths of RMSProp, as is usual.
 
     By default the package takes roots every thousand steps, and lengths of SGD; its first Shampoo takes them at each.
+    Shapes are taken as they are: small matrices would be made vectors, which have no roots.
     """
     shampoo = importlib.import_module("pytorch_optimizer.optimizer.shampoo")
-    optimizer = shampoo.ScalableShampoo(
-        model.parameters(), betas=(0.9, 0.95), moving_average_for_momentum=True, start_preconditioning_step=10,
-        preconditioning_compute_steps=10, graft_type=shampoo.LayerWiseGrafting.RMSPROP,
-    )  # fmt: skip
+    optimizer = shampoo.ScalableShampoo(model.parameters(), **SHAMPOO, graft_type=shampoo.LayerWiseGrafting.RMSPROP)
     return conventional(problem, model, [optimizer], optimizer.preconditioning_compute_steps)
 
 

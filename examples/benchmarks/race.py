@@ -30,7 +30,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from _common import Contender, contender, make_fishleg
+from _common import SHAMPOO, Contender, contender, make_fishleg
 from _tasks import TASKS, Split, Task
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -245,7 +245,7 @@ def facts(config: Config) -> dict[str, Any]:
     names = ("task", "budget", "batch_size", "threads", "workers", "device")
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     defaults = {name: value for name, value in DEFAULTS.items() if name not in ("model", "likelihood")}
-    return {name: getattr(config, name) for name in names} | versions | {"fishleg": repr(defaults)}
+    return {n: getattr(config, n) for n in names} | versions | {"fishleg": repr(defaults), "shampoo": repr(SHAMPOO)}
 
 
 # One run

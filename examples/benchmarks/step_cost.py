@@ -5,8 +5,9 @@
     python examples/benchmarks/step_cost.py --compile-time                # seconds until a compiled step runs
 
 A step is all that trains on one batch: zero_grad, forward pass, backward pass, update. AdamW is torch's, eager and at
-its defaults, as are all other methods. In each repetition every method in turn runs a stretch of steps, right after a
-stretch of AdamW on the same batch, and its mean is divided by AdamW's. The table gives the medians of these ratios.
+its defaults, as are all other methods but Shampoo (see _common.py). In each repetition every method in turn runs a
+stretch of steps, right after a stretch of AdamW on the same batch, and its mean is divided by AdamW's. The table gives
+the medians of these ratios.
 
 FishLeg's steps are of three kinds: plain, statistics (of the Fisher are taken) and refresh (bases are renewed, too, and
 λ moves). They are timed one by one, late enough in training for their schedule to be periodic, and "amortized" weights

@@ -83,11 +83,13 @@ def whitening_root(cov: Tensor, rho: Tensor, previous: Tensor) -> Tensor:
         rho: Damping, ``[*groups]``.
         previous: The basis to keep where the factorization fails.
     """
-    damped = cov.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(rho.reshape(rho.shape + (1,) * (cov.ndim - 1 - rho.ndim)))
+    rho, damped = rho.reshape(rho.shape + (1,) * (cov.ndim - 1 - rho.ndim)), cov.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(rho)
     lower, info = torch.linalg.cholesky_ex(damped)
     root = inverse_lower(lower).mT
-    good = (info == 0)[..., None, None] & root.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    good = ((info == 0) & rho.squeeze(-1).isfinite())[..., None, None] & root.isfinite().all(-1, keepdim=True).all(
+        -2, keepdim=True
+    )
     return torch.where(good, root, previous).contiguous()
 
 
