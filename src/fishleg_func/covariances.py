@@ -87,10 +87,8 @@ def whitening_root(cov: Tensor, rho: Tensor, previous: Tensor) -> Tensor:
     damped.diagonal(dim1=-2, dim2=-1).add_(rho)
     lower, info = torch.linalg.cholesky_ex(damped)
     root = inverse_lower(lower).mT
-    good = ((info == 0) & rho.squeeze(-1).isfinite())[..., None, None] & root.isfinite().all(-1, keepdim=True).all(
-        -2, keepdim=True
-    )
-    return torch.where(good, root, previous).contiguous()
+    sound = (info == 0) & rho.squeeze(-1).isfinite() & root.isfinite().flatten(-2).all(-1)
+    return torch.where(sound[..., None, None], root, previous).contiguous()
 
 
 @opaque("(Tensor cov, Tensor previous) -> Tensor", result=lambda cov, previous: torch.empty_like(cov))
