@@ -164,11 +164,12 @@ def test_autocast_is_refused() -> None:
 
 
 def test_the_schedule_is_a_table() -> None:
-    """Curvature at each of the first k steps, then one in k; bases at five of these, then every second to sixteenth."""
-    due = [t for t in range(1200) if is_due(t, 10, 10)]
-    assert due == [*range(10), *range(10, 1200, 10)]
+    """Curvature at each of the first k steps, then one in k; bases at five of these, then ever fewer."""
+    due = [t for t in range(4000) if is_due(t, 10, 10)]
+    assert due == [*range(10), *range(10, 4000, 10)]
     refreshed = [t for t in due if is_refresh(t, 10)]
-    later = (*range(20, 100, 20), *range(120, 400, 40), *range(400, 800, 80), *range(800, 1200, 160))
+    early = (*range(20, 100, 20), *range(120, 400, 40), *range(400, 800, 80))
+    later = (*early, *range(800, 3200, 160), *range(3200, 4000, 320))
     assert refreshed == [0, 1, 2, 4, 8, *later]
     assert all(is_due(t, 1, 1) for t in range(50))
     alone = [t for t in range(200) if is_due(t, 20, 50)]  # a family without a basis

@@ -55,7 +55,7 @@ def test_step_cost_reports_ratios_memory_and_state(
 
 
 def test_step_cost_counts_a_period_of_the_schedule(step_cost: ModuleType) -> None:
-    assert step_cost.SHARES == {"plain": 144 / 160, "statistics": 15 / 160, "refresh": 1 / 160}
+    assert step_cost.SHARES == {"plain": 288 / 320, "statistics": 31 / 320, "refresh": 1 / 320}
     assert [step_cost.kind(t) for t in (800, 801, 810, 960)] == ["refresh", "plain", "statistics", "refresh"]
 
 

@@ -32,16 +32,14 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from step_cost import kind
+from step_cost import STEADY, kind
 from torch import Tensor, nn
 
 import fishleg_func as ff
-from fishleg_func.schedule import CADENCE
 
 FEATURES, CLASSES, BATCH, BAG = 64, 10, 64, 16  # what does not grow in a sweep; BAG: words in an example
 WIDTH = 256  # of the hidden layers where depth or batch grows
 MAX_DIM = 4096  # longest side of a dense factor of Q, the library's default
-PERIOD, START = 16 * CADENCE, 80 * CADENCE  # of the schedule, which is steady from then on: length and a start
 RATE = 1e-5  # of learning: the model stays about where it started, so that no number becomes subnormal and slow
 TOLERANCE = 0.15  # of an exponent, for noise
 FAR_BELOW = 0.1  # largest part of a vocabulary x vocabulary matrix that the peak of memory may be
@@ -177,7 +175,7 @@ def measure(name: str, size: int, config: Config) -> dict[str, float]:
     call()  # a refresh step that also checks the captured gradients: no later one should take more memory
     found: dict[str, float] = {"state": sum(row.state_bytes for row in step.report().rows)}
     found["peak"] = max(peak_bytes(config.device) - before, found["state"])  # of little, the heap may have had room
-    schedule = Counter(map(kind, range(START, START + PERIOD)))
+    schedule = Counter(map(kind, STEADY))
     for wanted in schedule:
         reps = config.reps if wanted == "plain" else max(3, config.reps // 2)
         found[wanted] = step_seconds(call, step, wanted, reps, config.device)
@@ -224,7 +222,7 @@ def make_adamw(name: str, size: int, config: Config) -> Callable[[], object]:
 
 def step_seconds(call: Callable[[], object], step: ff.FishLegStep, wanted: str, reps: int, device: str) -> float:
     """Return the median seconds of a class of steps; a plain step after each setting of ``t`` is not timed."""
-    first = next(t for t in range(START, START + PERIOD) if kind(t) == wanted and kind(t - 1) == "plain")
+    first = next(t for t in STEADY if kind(t) == wanted and kind(t - 1) == "plain")
     seconds: list[float] = []
     while len(seconds) < reps:
         step.load_state_dict({**step.state_dict(), "t": first - 1})

@@ -59,10 +59,10 @@ def kind(t: int) -> str:
 
 
 KINDS = ("plain", "statistics", "refresh")
-_START, _END = [t for t in range(80 * CADENCE, 160 * CADENCE) if kind(t) == "refresh"][:2]  # periodic by then
-SHARES = {name: n / (_END - _START) for name, n in Counter(map(kind, range(_START, _END))).items()}
-_STATISTICS = next(t for t in range(_START, _END) if kind(t) == "statistics")
-TIMED = range(_START, _STATISTICS + CADENCE)  # FishLeg's stretch: some of every kind, as they follow each other
+STEADY = range(*[t for t in range(320 * CADENCE, 640 * CADENCE) if kind(t) == "refresh"][:2])  # the schedule's period
+SHARES = {name: n / len(STEADY) for name, n in Counter(map(kind, STEADY)).items()}
+_STATISTICS = next(t for t in STEADY if kind(t) == "statistics")
+TIMED = range(STEADY.start, _STATISTICS + CADENCE)  # FishLeg's stretch: some of every kind, as they follow each other
 
 
 @dataclass(frozen=True)

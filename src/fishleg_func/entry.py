@@ -74,7 +74,7 @@ def fishlegify(
             outputs, as it is along training, so that the scale of the loss does not matter. ``step.damping`` tells.
             Where outputs are certain, and wrong, from the start on, and ``step_norm`` is not ``"layer"``, give a value.
         update_aux_every: Steps between auxiliary updates of λ, and between statistics (the first ``update_aux_every``
-            steps all make one). By default these are 10, and λ moves in those that refresh the bases, 160 steps apart
+            steps all make one). By default these are 10, and λ moves in those that refresh the bases, 320 steps apart
             in the long run. Where a family has no basis, λ moves in each, and the first 50 steps, if not more, all make
             one. 0 never updates λ, which leaves the families' bases: K-FAC for ``"kfac"``.
         aux_rule: ``"relative"`` moves λ multiplicatively; ``"adam"`` is the paper's.

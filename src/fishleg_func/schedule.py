@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 CADENCE = 10  # steps between statistics where ``update_aux_every`` does not say
 ALONE = 50  # first steps that all move λ where there is a family without a basis
-_REFRESHES = ((1, 2), (10, 4), (40, 8), (80, 16))  # from which curvature step on, one in how many refreshes the bases
+_REFRESHES = ((1, 2), (10, 4), (40, 8), (80, 16), (320, 32))  # from which curvature step on, one in how many refreshes
 
 
 class Due(NamedTuple):
@@ -40,9 +40,9 @@ def is_due(t: int, every: int, first: int) -> bool:
 def is_refresh(t: int, every: int) -> bool:
     """Tell whether a curvature step refreshes the bases: steps 0, 1, 2, 4 and 8 of the first ``every``; then fewer.
 
-    Every second curvature step from ``every`` on, every fourth from ``10 * every``, every eighth from ``40 * every``
-    and every sixteenth from ``80 * every`` on. Statistics change ever more slowly, and a refresh is the one thing here
-    that costs cubes of the sides.
+    Every second curvature step from ``every`` on, every fourth from ``10 * every``, every eighth from ``40 * every``,
+    every sixteenth from ``80 * every`` and every thirty-second from ``320 * every`` on. Statistics change ever more
+    slowly, and a refresh is the one thing here that costs cubes of the sides.
 
     Args:
         t: Steps so far.
