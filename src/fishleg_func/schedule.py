@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 CADENCE = 10  # steps between statistics where ``update_aux_every`` does not say
 ALONE = 50  # first steps that all move λ where there is a family without a basis
-_REFRESHES = ((1, 2), (10, 4), (40, 8), (80, 16), (320, 32))  # (a, b): from curvature step a on, one in b refreshes
+_REFRESHES = ((1, 2), (10, 4), (40, 8), (80, 16), (320, 32))  # (a, b): from update a on, one in b refreshes
 
 
 class Due(NamedTuple):
