@@ -6,7 +6,6 @@ from pathlib import Path
 
 import matrix
 import pytest
-import torch
 from layer_types import LAYERS, Model
 from matrix import MODES, NO, Reason, outcome, page, works
 from torch import nn
@@ -19,25 +18,13 @@ ELSEWHERE = {  # layers of torch with parameters that are not in the matrix
 }  # fmt: skip
 
 
-def require_lstm_in_bfloat16() -> None:
-    """Skip where torch has no LSTM in bfloat16: on processors without vectors of 512 bits."""
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            torch.nn.LSTM(4, 5, batch_first=True)(torch.randn(2, 3, 4))
-    except RuntimeError as error:
-        pytest.skip(f"torch's own LSTM fails here: {error}")
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_cell(name: str, mode: str) -> None:
-    if (name, mode) == ("LSTM", "amp"):
-        require_lstm_in_bfloat16()
     assert outcome(name, mode) == ((name, mode) not in NO)
 
 
 def test_the_page_is_what_a_run_finds(request: pytest.FixtureRequest) -> None:
-    require_lstm_in_bfloat16()
     found = page(outcome)
     if path := request.config.getoption("--matrix"):
         Path(path).write_text(found, encoding="utf-8")
