@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fishleg_func as ff
-from fishleg_func import _linalg, blocks
+from fishleg_func import _linalg, _sides, blocks
 from fishleg_func._trees import dense
 from fishleg_func._types import LowRank
 
@@ -45,6 +45,17 @@ def test_products_by_halves_save_work(side: str) -> None:
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product_flops}) as counted:
         getattr(_linalg, side)(a)
     assert 0 < counted.get_total_flops() <= 0.7 * 2 * 1000**3
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [3, 8])
+def test_rows_times_a_matrix(rows: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold the product, and that it is made from the left where rows are few and threads several."""
+    monkeypatch.setattr(_sides, "_threads", lambda: threads)
+    x, matrix = randn(rows, 8), randn(8, 8, seed=1)
+    product = _sides.Side.of(8, 8).mul(x, matrix)
+    torch.testing.assert_close(product, torch.einsum("ri,ij->rj", x, matrix))
+    assert product.is_contiguous() is not (rows < 8 and threads > 1)
 
 
 @pytest.mark.parametrize("name", ["kronecker", "kfac", "scaled_kronecker", "embedding"])

@@ -63,7 +63,10 @@ class Side(NamedTuple):
 
     def mul(self, x: Tensor, matrix: Tensor) -> Tensor:
         """Multiply the last axis of ``x``, shape ``[..., rows, dim]``, by ``matrix`` from the right."""
-        return self.merge(self.split(x) @ matrix)
+        x = self.split(x)
+        # several threads multiply few rows faster as the columns of a product from the left (docs/performance.md)
+        few = x.ndim == 2 and x.is_cpu and x.shape[0] < self.size and _threads() > 1
+        return self.merge((matrix.mT @ x.mT).mT if few else x @ matrix)
 
     def mul_first(self, matrix: Tensor, x: Tensor) -> Tensor:
         """Multiply the first axis of ``x``, shape ``[..., dim, columns]``, by ``matrix`` from the left."""
@@ -171,6 +174,12 @@ class Side(NamedTuple):
     def diagonal(self, blocks: Tensor) -> Tensor:
         """Cut per-block vectors, ``[..., size]`` or ``[..., blocks, size]``, to the axis: ``[..., dim]``."""
         return blocks if self.blocks == 1 else blocks.flatten(-2)[..., : self.dim]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _threads() -> int:
+    """Return how many threads share a product; a compiled step keeps to what it was compiled with."""
+    return torch.get_num_threads()
 
 
 def _prefers_factors(rows: int, size: int) -> bool:
