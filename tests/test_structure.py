@@ -22,6 +22,7 @@ LAYERS = (  # a module imports from its own layer, without cycles, and from thos
     {"spectra", "examplewise", "laplace", "influence", "penalty"},
     {"curvature"},
     {"momentum"},
+    {"descent", "warmup"},
     {"engine"},
     {"step"},
     {"entry", "original_checkpoint"},

@@ -18,6 +18,7 @@ from ._oracles import (
     auxiliary_loss,
     block_diag,
     dense_q,
+    level_leading,
     surrogate,
 )
 
@@ -117,6 +118,7 @@ def flat_parameters(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().double().reshape(-1) for p in model.parameters() if p.requires_grad])
 
 
+_TWO_SIDED = ("kfac", "kronecker", "scaled_kronecker", "eigen")
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _PAIRED = (
     nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, *_NORMS
@@ -270,7 +272,7 @@ def training_step(
     aux_lr: float = 0.2, precondition_aux: bool = False, sigma: float = 1.0, ignore_index: int = -100,
     aux_betas: tuple[float, float] = (0.9, 0.999), aux_eps: float = 1e-8, aux_step: int = 1,
     moments: Mapping[str, Moments] | None = None, curvature: Tensor | None = None, probe: Tensor | None = None,
-    scale_free: bool = False,
+    scale_free: bool = False, warmup_rank: int = 0,
 ) -> StepResult:  # fmt: skip
     r"""Return one whole step: gradient, update of lambda if ``learn``, momentum, Q, step norm, parameters.
 
@@ -282,7 +284,8 @@ def training_step(
     g is the gradient of the loss. The step norm s is the identity, or "layer": each block of p is scaled to the norm
     :math:`\sqrt{k \min(m, n)}`, from the shape of its U with k groups; or "kl": p is scaled by
     :math:`\min(1, \sqrt{c / (\eta^2 m^\top p)})`, c being ``kl_clip``; with "nesterov" m and p are those that the step
-    is along.
+    is along. With "layer" and a ``warmup_rank`` the directions of Kronecker and eigen blocks with two sides of twice
+    that are scaled after ``level_leading``.
 
     Args:
         model: Any module, in the mode that it is in, with P trainable parameters; it is not changed.
@@ -312,6 +315,7 @@ def training_step(
         curvature: Matrix in place of the exact F, ``[P, P]``.
         probe: u before its scaling, ``[P]``; by default the gradient.
         scale_free: Whether the scale of Q does not count for what lambda descends, in "kfac" blocks.
+        warmup_rank: Singular values that are made alike, in the directions of the first steps; 0 for none.
 
     Returns:
         What the step computed and the state after it; the model and the arguments are not changed.
@@ -364,7 +368,10 @@ def training_step(
     ahead = beta * m + (1 - beta) * g if momentum_rule == "nesterov" else m
     d = q @ ahead if momentum_rule == "nesterov" else p
     s = d * (kl_clip / (lr**2 * (ahead @ d))).sqrt().clamp(max=1) if step_norm == "kl" else d.clone()
-    for where, shape in layout.values() if step_norm == "layer" else ():
-        norm = d[where].norm()
-        s[where] = d[where] * math.sqrt(math.prod(shape[:-2]) * min(shape[-2:])) / norm if norm > 0 else 0.0
+    for name, (where, shape) in layout.items() if step_norm == "layer" else ():
+        U, norm = d[where].view(shape), d[where].norm()
+        if warmup_rank and min(shape[-2:]) >= 2 * warmup_rank and blocks[name].family in _TWO_SIDED:
+            U = level_leading(U, warmup_rank)
+        length = math.sqrt(math.prod(shape[:-2]) * min(shape[-2:]))
+        s[where] = U.reshape(-1) * length / norm if norm > 0 else 0.0
     return StepResult(loss.detach(), theta - lr * s - lr * weight_decay * theta, m, p, new, auxiliary, means)

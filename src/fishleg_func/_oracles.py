@@ -357,3 +357,31 @@ def surrogate(
         along, square = u[where] @ v[where], v[where] @ fv[where]
         w[where] = along / square * fv[where] - u[where] if square > 0 and along > 0 else 0.0
     return (q @ w if preconditioned else w).detach() @ (q @ u)
+
+
+def level_leading(U: Tensor, rank: int) -> Tensor:
+    r"""Return a matrix whose leading singular values are made as small as the least of them, with its old norm.
+
+    Those below a hundredth of the largest stay, and do not count.
+
+    Args:
+        U: Shape ``[m, n]``, or ``[groups, m, n]``: each for itself.
+        rank: How many singular values, at least one.
+
+    Returns:
+        The matrix, of the shape of U, float64.
+
+    Example:
+        >>> import torch
+        >>> from fishleg_func import reference
+        >>> reference.level_leading(torch.diag(torch.tensor([7.0, 1.0, 1.0, 1.0])), 2).diagonal()
+        tensor([3.6056, 3.6056, 3.6056, 3.6056], dtype=torch.float64)
+    """
+    if U.ndim == 3:
+        return torch.stack([level_leading(x, rank) for x in U])
+    left, values, right = torch.linalg.svd(U.detach().double(), full_matrices=False)
+    new = values.clone()
+    large = values[:rank] > values[0] / 100
+    new[:rank][large] = values[:rank][large].min() if large.any() else 0.0
+    V: Tensor = left @ torch.diag(new) @ right
+    return V * (values.norm() / new.norm()) if large.any() else V

@@ -123,6 +123,7 @@ class Options:
     fisher: str
     u: str
     step_norm: str | None
+    warmup_rank: int
 
 
 @dataclass(eq=False)

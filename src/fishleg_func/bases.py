@@ -181,6 +181,7 @@ class Eigen(QModule):
         0.1
     """
 
+    two_sided = True
     takes_rows = True
     s: Tensor
     c: Tensor

@@ -12,18 +12,19 @@ from torch import Tensor
 
 from . import _checks, auxiliary
 from ._noise import Noise
-from ._opaque import readable
 from ._resolve import usual_weight_decay
-from ._trees import assign_, checksum, dense, descend_, inverse_or_zero, total
+from ._trees import checksum, dense
 from ._types import Groups, Hyper, Inputs, Options, Packed, Params
 from .batch import Batch, Runner
 from .capture import restored_on_error, tensors_restored_on_error
 from .curvature import Curvature, require_finite
+from .descent import Descent
 from .likelihoods import Likelihood
 from .momentum import A_GRADIENT, Direction, Momentum
 from .qmodules import QModule
 from .schedule import ALONE, CADENCE, Due, is_due, is_refresh
 from .transform import Plan
+from .warmup import warmed
 
 
 class Gradient(Protocol):
@@ -57,8 +58,7 @@ class Engine:
         paired = not self._moves_rarely or options.u == "momentum" or options.step_norm == "kl"
         self._averages = Momentum(self._curvature, options.momentum, paired=paired)
         self._direction = self._averages.p
-        self._targets = hyper.lr.new_tensor([block.target_norm() for block in blocks])
-        self._lengths = hyper.lr.new_full((3, len(self.q)), torch.nan)  # of the last step: η, s(p) / p, and ‖p‖
+        self._descent = Descent(runner, self._groups, self._averages, options.step_norm)
         self._noise, self._meter = Noise(seed, runner.device), Noise(~seed, runner.device)  # of training, of accuracy()
         self._t = 0  # steps so far
         self._updates = 0  # calls of update_aux so far
@@ -215,7 +215,7 @@ class Engine:
     def _keep_in_place(self) -> None:
         """Tell the compiler that the state stays where it is, so that CUDA graphs may write into it."""
         hypers = [t for hyper in self._groups.hypers for t in vars(hyper).values()]
-        for tensor in (*self._tensors().values(), *hypers, self._curvature.losses, self._lengths, self._targets):
+        for tensor in (*self._tensors().values(), *hypers, self._curvature.losses, *self._descent.tensors()):
             if not isinstance(tensor, torch.nn.Parameter):  # of these it knows
                 torch._dynamo.mark_static_address(tensor)
 
@@ -258,11 +258,11 @@ class Engine:
         loss, g = source.gradient()
         if due.statistics:
             direction, ok = self._update_q(source, batch_for_q, due)
+            if self._options.step_norm == "layer":
+                direction = warmed(direction, self.q, self._options.warmup_rank, self._t)
         else:
             direction, ok = self._averages.average(loss, g, None)
-        scales = self._step_scales(direction, g)
-        self._move(direction.p, scales, ok)
-        self._note(direction, scales, ok)
+        self._descent.take(direction, g, ok)
         if ok is not None:
             self.skipped.add_((~ok).long())
         self._noise.advance_()
@@ -297,44 +297,6 @@ class Engine:
             noise = self._noise.fork(3)
             return {k: noise.normal(p, i) for i, (k, p) in enumerate(self._direction.items())}
         return source.probe(self.q)
-
-    def _step_scales(self, direction: Direction, g: Mapping[str, Packed]) -> Tensor:
-        """Return s(p) / p of the blocks that move, in the order of their norms: ``[moving]``."""
-        p, norms = direction
-        if self._options.step_norm == "layer":
-            moving, every = list(p), list(self.q)
-            some = moving != every
-            targets = torch.stack([self._targets[every.index(k)] for k in moving]) if some else self._targets
-            return targets * inverse_or_zero(norms)
-        factor = torch.ones_like(self.hyper.lr)
-        if self._options.step_norm == "kl":
-            lr = {k: self._groups.hypers[self._groups.of_block[k]].lr for k in p}
-            predicted = total(lr[k].square() * x for k, x in self._averages.predicted(g, p).items())
-            bound = (self.hyper.kl_clip * inverse_or_zero(predicted)).sqrt()
-            factor = torch.where(predicted <= self.hyper.kl_clip, factor, bound)  # zero if it overflows
-        return factor.expand(len(p))
-
-    def _move(self, p: Mapping[str, Tensor], scales: Tensor, ok: Tensor | None) -> None:
-        """Write the parameters of the blocks that move: θ ← θ − η s(p) − η wd θ."""
-        params, groups = self._runner.params(), self._groups
-        keeps = [_keep(hyper) for hyper in groups.hypers]
-        rates = [dict(zip(p, (hyper.lr * scales).unbind(), strict=True)) for hyper in groups.hypers]
-        for block in self._runner.plan.blocks:
-            if block.name in p:
-                for name, direction in block.unpack(p[block.name], params).items():
-                    group = groups.of_parameter[name]
-                    descend_(params[name], keeps[group], direction, rates[group][block.name], ok)
-
-    def _note(self, direction: Direction, scales: Tensor, ok: Tensor | None) -> None:
-        """Keep the lengths of a step, for ``statistics``; blocks without a gradient have taken none."""
-        p, norms = direction
-        rates = torch.stack([self._groups.hypers[self._groups.of_block[k]].lr for k in p])
-        found = torch.stack((rates, scales, norms))
-        if list(p) != list(self.q):
-            columns = dict(zip(p, found.unbind(-1), strict=True))
-            none = torch.zeros_like(found[:, 0])
-            found = torch.stack([columns.get(k, none) for k in self.q], -1)
-        assign_(self._lengths, found, ok)
 
     def _sync(self) -> None:
         """Take up what was written into ``q`` from outside since the last eager call."""
@@ -391,9 +353,3 @@ class Engine:
         """Take the hooks off the model, which is then as it was before ``fishlegify``."""
         self._runner.capture.remove()
         self._removed = True
-
-
-def _keep(hyper: Hyper) -> Tensor | None:
-    """Return what weight decay leaves of a parameter, 0-d; ``None`` where that is known to be all."""
-    keep = 1 - hyper.lr * hyper.weight_decay
-    return None if readable(keep) and keep == 1 else keep

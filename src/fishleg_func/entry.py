@@ -43,6 +43,7 @@ def fishlegify(
     fisher: str = "exact",
     u: str = "gradient",
     step_norm: str | None = "layer",
+    warmup_rank: int = 8,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     output: Callable[[Any], Tensor] | None = None,
@@ -95,6 +96,8 @@ def fishlegify(
         step_norm: ``"layer"`` scales each layer's step to the Frobenius norm of an orthogonal matrix of its shape;
             ``"kl"`` bounds the predicted KL divergence of the step by ``step.hyper.kl_clip`` (1e-3 nats); ``None``
             takes the step as it is.
+        warmup_rank: With ``step_norm="layer"`` the directions of the first ten steps have so many leading singular
+            values made alike, in layers whose sides are both twice as long or longer. 0 leaves them as they are.
         include: Glob patterns on parameter or module names: only what they match is trained.
         exclude: Glob patterns: what they match is not trained.
         output: From what the model returns to one tensor of natural parameters, for models that return objects.
@@ -135,7 +138,9 @@ def fishlegify(
         _checks.kind("generator", generator, torch.Generator, "a torch.Generator")
     if output is not None and not callable(output):
         raise TypeError(f"output={output!r} must be a function from what the model returns to one tensor")
-    options = Options(momentum, update_aux_every, aux_rule, precondition_aux, aux_batch_size, fisher, u, step_norm)
+    options = Options(
+        momentum, update_aux_every, aux_rule, precondition_aux, aux_batch_size, fisher, u, step_norm, warmup_rank
+    )
     _check(options, lr, beta, weight_decay, damping, aux_lr, aux_betas, aux_eps)
     likelihood = None if likelihood is None else as_likelihood(likelihood)
     weight_decay = usual_weight_decay(step_norm, likelihood) if weight_decay is None else weight_decay
@@ -196,6 +201,7 @@ def _check(
     _checks.choice("fisher", options.fisher, fisher.KINDS)
     _checks.choice("u", options.u, ("gradient", "momentum", "gaussian"))
     _checks.choice("step_norm", options.step_norm, (None, "kl", "layer"))
+    _checks.integer("warmup_rank", options.warmup_rank, 0, "use 8, or 0 for none")
     if options.momentum == "after" and (options.step_norm == "kl" or options.u == "momentum"):
         raise ValueError(
             f"step_norm={options.step_norm!r}, u={options.u!r}: 'kl' and 'momentum' need the averaged gradient, and "

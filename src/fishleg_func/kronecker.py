@@ -35,6 +35,7 @@ class Kronecker(QModule):
         [[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]]
     """
 
+    two_sided = True
     keeps_factors = True
     L: Tensor
     R: Tensor

@@ -52,6 +52,7 @@ class QModule(nn.Module, ABC):
         ValueError: If the shape has an empty axis or is not two- or three-dimensional.
     """
 
+    two_sided = False  # whether rows and columns are spaces of their own, on each of which Q acts
     takes_rows = False  # whether gather_ is better served with factors over rows than with a dense gradient
     scale_free = False  # whether λ may learn the shape of Q alone: its basis gives the scale
     inverts = False  # whether unact costs no more than some products with Q, so that m need not be kept

@@ -253,7 +253,7 @@ class FishLegStep(Engine):
         Returns:
             Numbers by name.
         """
-        rates, scales, norms = self._lengths.unbind()
+        rates, scales, norms = self._descent.lengths.unbind()
         by_block = {"direction_norm": norms, "step_norm": rates * scales * norms}
         columns = {
             "auxiliary_loss": self._curvature.losses,
