@@ -60,11 +60,11 @@ def stepper(
 def check_steps(
     step: FishLegStep, x: Tensor, y: Tensor, likelihood: str, kinds: tuple[int, ...] = (LEARN, PLAIN, LEARN, PLAIN),
     curvature: Callable[[nn.Module], Tensor] | None = None, probe: Callable[[FishLegStep], Tensor] | None = None,
+    last: str | None = None,
 ) -> None:  # fmt: skip
     """Take consecutive steps; compare each with the oracle at the same point: loss, m, p, the updates of λ and θ."""
-    model, options, hyper = step.model, step._options, step.hyper
+    model, options, hyper, before_q = step.model, step._options, step.hyper, step._options.momentum != "after"
     moments: dict[str, reference.Moments] = {}
-    before_q = options.momentum != "after"
     for number, kind in enumerate(kinds):
         step._t, learn = kind, kind != PLAIN
         twin, lam, theta = copy.deepcopy(model), lam_of(step), reference.flat_parameters(model)
@@ -81,7 +81,7 @@ def check_steps(
             precondition_aux=options.precondition_aux, sigma=SIGMA, kl_clip=hyper.kl_clip.item(),
             aux_step=1 + sum(k != PLAIN for k in kinds[:number]), moments=moments,
             scale_free=options.step_norm == "layer" and options.u != "gaussian" and not options.precondition_aux,
-            warmup_rank=options.warmup_rank * (kind < 10), **given,
+            warmup_rank=options.warmup_rank * (kind < 10), last=last, **given,
         )  # fmt: skip
         where = f"step {number}, counter {kind}"
         moments = out.moments or moments

@@ -272,7 +272,7 @@ def training_step(
     aux_lr: float = 0.2, precondition_aux: bool = False, sigma: float = 1.0, ignore_index: int = -100,
     aux_betas: tuple[float, float] = (0.9, 0.999), aux_eps: float = 1e-8, aux_step: int = 1,
     moments: Mapping[str, Moments] | None = None, curvature: Tensor | None = None, probe: Tensor | None = None,
-    scale_free: bool = False, warmup_rank: int = 0,
+    scale_free: bool = False, warmup_rank: int = 0, last: str | None = None,
 ) -> StepResult:  # fmt: skip
     r"""Return one whole step: gradient, update of lambda if ``learn``, momentum, Q, step norm, parameters.
 
@@ -285,7 +285,7 @@ def training_step(
     :math:`\sqrt{k \min(m, n)}`, from the shape of its U with k groups; or "kl": p is scaled by
     :math:`\min(1, \sqrt{c / (\eta^2 m^\top p)})`, c being ``kl_clip``; with "nesterov" m and p are those that the step
     is along. With "layer" and a ``warmup_rank`` the directions of Kronecker and eigen blocks with two sides of twice
-    that are scaled after ``level_leading``.
+    that are scaled after ``level_leading``, but for ``last``.
 
     Args:
         model: Any module, in the mode that it is in, with P trainable parameters; it is not changed.
@@ -316,6 +316,7 @@ def training_step(
         probe: u before its scaling, ``[P]``; by default the gradient.
         scale_free: Whether the scale of Q does not count for what lambda descends, in "kfac" blocks.
         warmup_rank: Singular values that are made alike, in the directions of the first steps; 0 for none.
+        last: The block that is called last.
 
     Returns:
         What the step computed and the state after it; the model and the arguments are not changed.
@@ -370,7 +371,8 @@ def training_step(
     s = d * (kl_clip / (lr**2 * (ahead @ d))).sqrt().clamp(max=1) if step_norm == "kl" else d.clone()
     for name, (where, shape) in layout.items() if step_norm == "layer" else ():
         U, norm = d[where].view(shape), d[where].norm()
-        if warmup_rank and min(shape[-2:]) >= 2 * warmup_rank and blocks[name].family in _TWO_SIDED:
+        two_sided = blocks[name].family in _TWO_SIDED and name != last
+        if warmup_rank and two_sided and min(shape[-2:]) >= 2 * warmup_rank:
             U = level_leading(U, warmup_rank)
         length = math.sqrt(math.prod(shape[:-2]) * min(shape[-2:]))
         s[where] = U.reshape(-1) * length / norm if norm > 0 else 0.0

@@ -206,6 +206,11 @@ class Batch:
         """Whether there are targets, or what a backward pass has told."""
         return self._targets is not None or self._cotangent is not None
 
+    @property
+    def last(self) -> str | None:
+        """Name of the hooked layer whose first call came last; for as long as the model's graph is kept."""
+        return next(reversed(self._packing.slots), None)
+
     def gradient(self) -> tuple[Tensor | None, dict[str, Packed]]:
         """Return the loss, where it is known, and its gradient by block; computed once."""
         if self._loss_and_gradient is None:

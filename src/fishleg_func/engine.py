@@ -258,8 +258,6 @@ class Engine:
         loss, g = source.gradient()
         if due.statistics:
             direction, ok = self._update_q(source, batch_for_q, due)
-            if self._options.step_norm == "layer":
-                direction = warmed(direction, self.q, self._options.warmup_rank, self._t)
         else:
             direction, ok = self._averages.average(loss, g, None)
         self._descent.take(direction, g, ok)
@@ -276,6 +274,7 @@ class Engine:
         ok = require_finite(loss, checksum(g), lambda: A_GRADIENT)
         u = self._probe(source, g) if due.learn else None
         batch = batch_for_q()
+        last = batch.last
         with tensors_restored_on_error() as save:
             prepared = self._curvature.prepare(batch, u, self._noise, refresh=due.refresh, ok=ok, save=save)
             batch.let_go()
@@ -286,7 +285,10 @@ class Engine:
             else:
                 averaged = self._averages.average(loss, g, prepared.ok)
             self._curvature.gather(prepared)
-        return averaged
+        direction, ok = averaged
+        if self._options.step_norm == "layer":
+            direction = warmed(direction, self.q, last, self._options.warmup_rank, self._t)
+        return direction, ok
 
     def _probe(self, source: Gradient, g: Mapping[str, Packed]) -> Mapping[str, Packed]:
         """Return the direction u on which Q is learned, from a gradient g and where it comes from."""

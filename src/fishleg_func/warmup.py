@@ -24,12 +24,13 @@ _ROUNDS = 2  # of subspace iteration
 _LEAST = 1e-2  # of the largest singular value: smaller ones are left alone, being rounding where batches are small
 
 
-def warmed(direction: Direction, q: Mapping[str, QModule], rank: int, t: int) -> Direction:
+def warmed(direction: Direction, q: Mapping[str, QModule], last: str | None, rank: int, t: int) -> Direction:
     """Return the direction of step t: in the first steps with the leading singular values of its matrices made alike.
 
     Args:
         direction: By block; it is not written to. The norms stay.
         q: Tells which blocks are matrices: Q of these acts on both sides, and both are of twice the rank at least.
+        last: The block that is called last, whose direction stays: rows that belong to classes need not move alike.
         rank: How many singular values; 0 for none.
         t: Steps so far.
     """
@@ -37,7 +38,7 @@ def warmed(direction: Direction, q: Mapping[str, QModule], rank: int, t: int) ->
         return direction
 
     def chosen(name: str, p: Tensor) -> bool:
-        return q[name].two_sided and min(p.shape[-2:]) >= 2 * rank
+        return name != last and q[name].two_sided and min(p.shape[-2:]) >= 2 * rank
 
     return direction._replace(p={k: level(p, rank, t) if chosen(k, p) else p for k, p in direction.p.items()})
 
