@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import fishleg_func as ff
 from fishleg_func import reference
 from fishleg_func.step import FishLegStep
-from fishleg_func.warmup import STEPS, level
+from fishleg_func.warmup import level
 
-RANK = 2
-WARM = (3, 8, STEPS - 1)  # step counters: statistics, statistics and a refresh, the last
+RANK, STEPS = 2, 10
+WARM = (3, 8, 9)  # step counters: statistics, statistics and a refresh, the last
 
 
 def spectrum(m: int, n: int, values: Tensor) -> Tensor:
@@ -127,7 +127,18 @@ def test_all_matrices_are_levelled_and_nothing_else() -> None:
         assert not levelled(*layers(family, momentum="before"), t=3), family
     assert not levelled(*layers(momentum="before", warmup_rank=3), t=3)
     assert not levelled(*layers(momentum="before", warmup_rank=1), t=3)  # one is like itself
-    assert not levelled(*layers(momentum="before"), t=STEPS)
+    assert levelled(*layers(momentum="before"), t=STEPS - 1) and not levelled(*layers(momentum="before"), t=STEPS)
+    for t, some in ((0, True), (2, True), (3, True), (4, False), (6, True), (9, True), (12, False)):
+        assert bool(levelled(*layers(momentum="before", update_aux_every=3), t=t)) == some, t
+
+
+def test_by_default_eight_are_levelled() -> None:
+    for size, chosen in ((15, set()), (16, {"0"})):
+        model, x = (
+            filled(nn.Sequential(nn.Linear(size, size, bias=False), nn.Tanh(), nn.Linear(size, 1))),
+            randn(40, size),
+        )
+        assert levelled(ff.fishlegify(model, momentum="before"), x, x.sum(1, keepdim=True), t=3) == chosen
 
 
 @pytest.mark.parametrize("step_norm", [None, "kl"])
