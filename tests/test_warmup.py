@@ -11,7 +11,7 @@ from test_step_oracle import ARRANGEMENTS, LEARN, PLAIN, check_steps, randomize_
 from torch import Tensor, nn
 
 import fishleg_func as ff
-from fishleg_func import reference
+from fishleg_func import reference, warmup
 from fishleg_func.step import FishLegStep
 from fishleg_func.warmup import level
 
@@ -183,3 +183,22 @@ def test_compiled_code_levels_the_first_steps_only_and_skips_what_is_not_finite(
 def test_the_rank_must_be_a_whole_number(value: object) -> None:
     with pytest.raises(ValueError, match=r"warmup_rank=.* must be an integer >= 0; use 8, or 0 for none"):
         ff.fishlegify(nn.Linear(2, 2), warmup_rank=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("momentum", ["nesterov", "before", "after"])
+def test_a_step_that_fails_to_level_changes_nothing(momentum: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for t in (0, 3, 8):
+        step, x, y = layers(momentum=momentum)
+        step(x, y)
+        step._t = t
+        before = (step.state_dict(), reference.flat_parameters(step.model))
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(warmup, "level", _fails)
+            step(x, y)
+        after = (step.state_dict(), reference.flat_parameters(step.model))
+        assert before[0].keys() == after[0].keys() and torch.equal(before[1], after[1])
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(after[0][k])) for k, v in before[0].items())
+
+
+def _fails(*_: object) -> Tensor:
+    raise MemoryError

@@ -178,7 +178,7 @@ class Side(NamedTuple):
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _threads() -> int:
-    """Return how many threads share a product; a compiled step keeps to what it was compiled with."""
+    """Return how many threads share a product: a constant in compiled code, which is compiled anew where it changes."""
     return torch.get_num_threads()
 
 

@@ -24,7 +24,7 @@ from .momentum import A_GRADIENT, Direction, Momentum
 from .qmodules import QModule
 from .schedule import ALONE, CADENCE, Due, is_due, is_refresh
 from .transform import Plan
-from .warmup import warmed
+from .warmup import warmed, warms_up
 
 
 class Gradient(Protocol):
@@ -278,16 +278,18 @@ class Engine:
         with tensors_restored_on_error() as save:
             prepared = self._curvature.prepare(batch, u, self._noise, refresh=due.refresh, ok=ok, save=save)
             batch.let_go()
+            warm = self._options.step_norm == "layer" and warms_up(self._options.warmup_rank, self._t)
+            if warm:
+                save([*self._direction.values(), *self._averages.m.values()])
             if due.refresh or due.learn:
                 save(self._curvature.movable())
                 m = self._averages.momentum()  # by the Q that is about to change
-                averaged = self._averages.follow(loss, g, m, self._curvature.move(prepared))
+                direction, ok = self._averages.follow(loss, g, m, self._curvature.move(prepared))
             else:
-                averaged = self._averages.average(loss, g, prepared.ok)
+                direction, ok = self._averages.average(loss, g, prepared.ok)
+            if warm:
+                direction = warmed(direction, self.q, last, self._options.warmup_rank, self._t)
             self._curvature.gather(prepared)
-        direction, ok = averaged
-        if self._options.step_norm == "layer":
-            direction = warmed(direction, self.q, last, self._options.warmup_rank, self._t)
         return direction, ok
 
     def _probe(self, source: Gradient, g: Mapping[str, Packed]) -> Mapping[str, Packed]:

@@ -96,9 +96,10 @@ def fishlegify(
         step_norm: ``"layer"`` scales each layer's step to the Frobenius norm of an orthogonal matrix of its shape;
             ``"kl"`` bounds the predicted KL divergence of the step by ``step.hyper.kl_clip`` (1e-3 nats); ``None``
             takes the step as it is.
-        warmup_rank: With ``step_norm="layer"`` the directions of the first ten steps have so many leading singular
-            values made alike, in layers whose sides are both twice as long or longer, but for tables and the layer that
-            is called last. 0 leaves them as they are.
+        warmup_rank: With ``step_norm="layer"`` the directions of the first ten steps (of those that take statistics,
+            with an ``update_aux_every`` below ten) have so many leading singular values made alike: in layers of a
+            Kronecker or eigen family whose sides are both twice as long or longer, but for the one that is called last.
+            0 leaves them as they are.
         include: Glob patterns on parameter or module names: only what they match is trained.
         exclude: Glob patterns: what they match is not trained.
         output: From what the model returns to one tensor of natural parameters, for models that return objects.

@@ -24,6 +24,11 @@ _ROUNDS = 2  # of subspace iteration
 _LEAST = 1e-2  # of the largest singular value: smaller ones are left alone, being rounding where batches are small
 
 
+def warms_up(rank: int, t: int) -> bool:
+    """Tell whether the direction of step t may be levelled; compiled code, which is the same for all t, asks later."""
+    return rank > 0 and (torch.compiler.is_compiling() or t < STEPS)
+
+
 def warmed(direction: Direction, q: Mapping[str, QModule], last: str | None, rank: int, t: int) -> Direction:
     """Return the direction of step t: in the first steps with the leading singular values of its matrices made alike.
 
@@ -31,11 +36,9 @@ def warmed(direction: Direction, q: Mapping[str, QModule], last: str | None, ran
         direction: By block; it is not written to. The norms stay.
         q: Tells which blocks are matrices: Q of these acts on both sides, and both are of twice the rank at least.
         last: The block that is called last, whose direction stays: rows that belong to classes need not move alike.
-        rank: How many singular values; 0 for none.
+        rank: How many singular values.
         t: Steps so far.
     """
-    if rank == 0 or (not torch.compiler.is_compiling() and t >= STEPS):  # compiled code is the same for all t
-        return direction
 
     def chosen(name: str, p: Tensor) -> bool:
         return name != last and q[name].two_sided and min(p.shape[-2:]) >= 2 * rank
