@@ -65,7 +65,10 @@ def test_damping_skipped_and_accuracy_are_those_of_the_step() -> None:
 
 def test_damping_is_each_groups_own_and_what_has_no_gradient_takes_no_step() -> None:
     model = built("mlp")
-    groups = [{"params": model[0].parameters(), "damping": 0.5}, {"params": model[2].parameters(), "damping": 0.25}]
+    groups = [
+        {"params": model[0].parameters(), "damping": 0.5},
+        {"params": model[2].parameters(), "damping": 0.25, "lr": 1e-3},
+    ]
     optimizer = optimizer_of(model, params=groups)
     x, y = MODELS["mlp"][1](0)
     Categorical().nll(model(x), y).backward()
@@ -74,7 +77,9 @@ def test_damping_is_each_groups_own_and_what_has_no_gradient_takes_no_step() -> 
     optimizer.step()
     found = optimizer.fishleg.statistics()
     assert (found["fishleg/damping/0"], found["fishleg/damping/2"]) == (0.5, 0.25)
-    assert found["fishleg/step_norm/0"] == 0 < found["fishleg/step_norm/2"]
+    (length,) = (block.target_norm() for block in optimizer.fishleg.plan.blocks if block.name == "2")
+    assert found["fishleg/step_norm/0"] == 0
+    assert found["fishleg/step_norm/2"] == pytest.approx(1e-3 * length, rel=1e-6)
     assert found["fishleg/step_norm"] == found["fishleg/step_norm/2"]
 
 
@@ -126,6 +131,9 @@ def test_a_compiled_step_is_measured_as_an_eager_one() -> None:
         found.append(step.statistics())
     assert found[1] == pytest.approx(found[0], rel=1e-6)
     assert not any(math.isnan(value) for value in found[0].values())
+    x, y = MODELS["mlp"][1](2)
+    run(x * math.nan, y)  # compiled: skipped
+    assert step.statistics() == found[1] | {"fishleg/skipped": 1.0}
 
 
 def test_csv_is_continued_and_refuses_other_names(tmp_path: Path) -> None:
