@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from cases import LIKELIHOODS, filled, generator, randn, targets_for
-from test_step_oracle import ARRANGEMENTS, LEARN, PLAIN, check_steps, randomize_
+from test_step_oracle import LEARN, PLAIN, check_steps, randomize_
 from torch import Tensor, nn
 
 import fishleg_func as ff
@@ -63,8 +63,7 @@ def test_zero_stays_and_what_is_not_finite_raises_nothing(bad: float) -> None:
     p = torch.zeros(20, 30)
     p[3, 4] = bad
     assert level(p, 8, 0).isfinite().all() == (bad == 0)
-    assert not bad or not level(p, 8, 0).isfinite().all()
-    assert torch.equal(level(torch.zeros(20, 30), 8, 0), torch.zeros(20, 30))
+    assert bad or not level(p, 8, 0).any()
 
 
 def test_after_the_first_steps_nothing_is_levelled() -> None:
@@ -143,8 +142,10 @@ def test_by_default_eight_are_levelled() -> None:
 
 @pytest.mark.parametrize("step_norm", [None, "kl"])
 def test_steps_that_keep_their_length_are_left_as_they_are(step_norm: str | None) -> None:
-    assert (step_norm, "before") in ARRANGEMENTS
     assert not levelled(*layers(momentum="before", step_norm=step_norm), t=3)
+
+
+def test_rank_zero_levels_nothing() -> None:
     assert not levelled(*layers(momentum="before", warmup_rank=0), t=3)
 
 
