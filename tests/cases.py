@@ -146,6 +146,12 @@ def from_packed(model: nn.Module, packed: Mapping[str, Tensor]) -> Tensor:
     return whole
 
 
+def drawn(step: FishLegStep) -> Tensor:
+    """Draw the Gaussian probe of the next update of λ, of a model without a layer that is long on both sides."""
+    noise = step._noise.fork(3)
+    return from_packed(step.model, {k: noise.normal(p, i) for i, (k, p) in enumerate(step._direction.items())})
+
+
 def lam_of(step: FishLegStep) -> dict[str, dict[str, Tensor]]:
     """Copy every λ."""
     return {name: {k: p.detach().clone() for k, p in q.named_parameters()} for name, q in step.q.items()}

@@ -214,7 +214,7 @@ def test_inputs_on_another_device_are_all_named() -> None:
 
 def test_calls_out_of_turn() -> None:
     model = mlp()
-    step = ff.fishlegify(model)
+    step = ff.fishlegify(model, u="gradient")
     for call, words in (
         (lambda: step.update_aux(X), ("targets=None", "before the first step")),
         (lambda: step.accuracy(X), ("likelihood=None", "take one step")),

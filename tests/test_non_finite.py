@@ -93,7 +93,7 @@ def test_an_eager_step_raises_before_anything_is_changed(name: str, taken: int) 
 
 def test_targets_that_are_not_finite_are_refused() -> None:
     model = Rooted()
-    step = ff.fishlegify(model, Gaussian())
+    step = ff.fishlegify(model, Gaussian(), u="gradient")
     step(X, Y)
     before = snapshot(model, step)
     for value in (math.nan, math.inf, -math.inf):

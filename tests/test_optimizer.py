@@ -160,11 +160,11 @@ def test_sigma_is_learned_in_both_front_ends() -> None:
         model = nn.Linear(4, 3).double()
         likelihood = Gaussian(1.0, learn_sigma=True)
         if front == "step":
-            step = ff.fishlegify(model, likelihood, weight_decay=0.0, generator=generator(3))
+            step = ff.fishlegify(model, likelihood, weight_decay=0.0, u="gradient", generator=generator(3))
             for _ in range(300):
                 step(x, y)
         else:
-            optimizer = optimizer_of(model, likelihood, weight_decay=0.0)
+            optimizer = optimizer_of(model, likelihood, weight_decay=0.0, u="gradient")
             for _ in range(300):
                 optimizer.zero_grad()
                 likelihood.nll(model(x), y).backward()

@@ -1,4 +1,4 @@
-"""λ that learns no scale, where steps have a norm by layer: the shape of Q alone."""
+"""λ that learns no scale from gradients, where steps have a norm by layer: the shape of Q alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def scaled(step: FishLegStep, factor: float) -> FishLegStep:
 
 def relative_moves(family: str, factor: float) -> dict[str, torch.Tensor]:
     """What L is multiplied by in an update, by block, where Q is scaled by a factor."""
-    step, x, y = learner("mlp", "categorical", family, step_norm="layer")
+    step, x, y = learner("mlp", "categorical", family, step_norm="layer", u="gradient")
     old = lam_of(scaled(step, factor))
     step.update_aux(x, y)
     return {name: old[name]["L"].inverse() @ new["L"] for name, new in lam_of(step).items()}

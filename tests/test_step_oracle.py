@@ -17,6 +17,7 @@ from cases import (
     assert_same,
     blocks_of,
     dense_q,
+    drawn,
     filled,
     flat,
     from_packed,
@@ -69,9 +70,10 @@ def check_steps(
         step._t, learn = kind, kind != PLAIN
         twin, lam, theta = copy.deepcopy(model), lam_of(step), reference.flat_parameters(model)
         m = from_packed(model, step._averages.momentum() if before_q else step._direction)
+        draw = drawn if options.u == "gaussian" else probe
         given = {
             "curvature": curvature(twin) if curvature and learn else None,
-            "probe": probe(step) if probe and learn else None,
+            "probe": draw(step) if draw and learn else None,
         }
         loss = step(x, y)
         out = reference.training_step(
@@ -116,7 +118,8 @@ GRID = [
 
 @pytest.mark.parametrize(("case", "likelihood", "family", "step_norm", "momentum"), GRID)
 def test_steps_for_each_model(case: str, likelihood: str, family: str, step_norm: str | None, momentum: str) -> None:
-    step, x, y = stepper(case, likelihood, q=family, step_norm=step_norm, momentum=momentum)
+    u = "gaussian" if momentum == "before" else "gradient"
+    step, x, y = stepper(case, likelihood, q=family, step_norm=step_norm, momentum=momentum, u=u)
     check_steps(step, x, y, likelihood, (LEARN, PLAIN))
 
 
@@ -165,7 +168,7 @@ class Idle(nn.Sequential):
 
 def test_a_layer_that_is_never_called_stays() -> None:
     model, x, y = filled(Idle(nn.Linear(3, 2), nn.Linear(3, 2))), randn(5, 3), randn(5, 2, seed=1)
-    step = ff.fishlegify(model, LIKELIHOODS["gaussian"], damping=0.05, weight_decay=0.0)
+    step = ff.fishlegify(model, LIKELIHOODS["gaussian"], damping=0.05, weight_decay=0.0, u="gradient")
     before, start = lam_of(step)["1"], copy.deepcopy(model)
     for kind in (REFRESH, LEARN, PLAIN):
         step._t = kind
@@ -227,14 +230,10 @@ def test_steps_that_probe_with_the_momentum() -> None:
 
 
 def test_steps_that_probe_at_random() -> None:
-    step, x, y = stepper("cnn", "gaussian", u="gaussian")
-
-    def drawn(step: FishLegStep) -> Tensor:
-        draws = {k: step._noise.fork(3).normal(m, i) for i, (k, m) in enumerate(step._averages.momentum().items())}
-        return from_packed(step.model, draws)
-
+    step, x, y = stepper("cnn", "gaussian")
+    assert step._options.u == "gaussian"
     first = drawn(step)
-    check_steps(step, x, y, "gaussian", probe=drawn)
+    check_steps(step, x, y, "gaussian")
     assert not torch.equal(first, drawn(step))  # each step has draws of its own
 
 

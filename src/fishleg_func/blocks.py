@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._noise import Noise
 from ._trees import cast, dense
 from ._types import LowRank, Packed, Params
 from .capture import Slots
@@ -18,7 +19,7 @@ from .layers import LayerSpec, Layout
 from .pushforward import Moved, Seen
 from .qmodules import QModule
 
-_PROBE_ROWS = 16  # rows that a probe is estimated from,
+_PROBE_ROWS = 16  # rows that a probe is made of,
 _PROBE_SIDE = 128  # in layers with both sides as long as this
 _STATISTICS_ROWS = 512  # most rows that a batch adds to the statistics of a layer,
 _STATISTICS_EXAMPLES = 32  # and most examples, where each has many rows
@@ -102,6 +103,23 @@ def spread(count: int, parts: int, device: torch.device) -> Tensor:
     """
     part = torch.arange(parts, device=device, dtype=torch.float32)
     return ((part + (part * _GOLDEN) % 1) * (count / parts)).long()
+
+
+def gaussian(like: Tensor, noise: Noise, salt: int) -> Packed:
+    r"""Draw a Gaussian probe, :math:`E[uu^\top] = I`, which is all that the mean of :math:`A(\lambda)` depends on.
+
+    Where both sides are long it is a product of two normal factors: an update costs less, and no large draw is made.
+
+    Args:
+        like: Packed matrix of the shape, dtype and device.
+        noise: Source of the draw.
+        salt: Tells the draws of one source apart.
+    """
+    if min(like.shape[-2:]) < _PROBE_SIDE:
+        return noise.normal(like, salt)
+    *groups, m, n = like.shape
+    d, a = (noise.fork(i).normal(like.new_empty(*groups, _PROBE_ROWS, side), salt) for i, side in enumerate((m, n)))
+    return LowRank(d / math.sqrt(_PROBE_ROWS), a)
 
 
 def rows_in(block: Block, ds: Sequence[Tensor]) -> int:

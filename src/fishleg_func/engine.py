@@ -16,6 +16,7 @@ from ._resolve import usual_weight_decay
 from ._trees import checksum, dense
 from ._types import Groups, Hyper, Inputs, Options, Packed, Params
 from .batch import Batch, Runner
+from .blocks import gaussian
 from .capture import restored_on_error, tensors_restored_on_error
 from .curvature import Curvature, require_finite
 from .descent import Descent
@@ -299,7 +300,7 @@ class Engine:
             return {k: torch.lerp(dense(g[k]), m, beta(k)) if k in g else m for k, m in self._averages.m.items()}
         if self._options.u == "gaussian":
             noise = self._noise.fork(3)
-            return {k: noise.normal(p, i) for i, (k, p) in enumerate(self._direction.items())}
+            return {k: gaussian(p, noise, i) for i, (k, p) in enumerate(self._direction.items())}
         return source.probe(self.q)
 
     def _sync(self) -> None:

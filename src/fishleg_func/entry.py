@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def fishlegify(
     aux_batch_size: int | None = None,
     q: Family | Mapping[str, Family] = "kfac",
     fisher: str = "exact",
-    u: str = "gradient",
+    u: str | None = None,
     step_norm: str | None = "layer",
     warmup_rank: int = 8,
     include: str | Sequence[str] | None = None,
@@ -91,8 +92,9 @@ def fishlegify(
             each other.
         fisher: Fisher-vector product of the auxiliary loss: ``"exact"``, ``"sampled"``, ``"empirical"`` or
             ``"antithetic"``, see :func:`fisher_vector_product`.
-        u: Probe direction: ``"gradient"``, in layers with both sides of 128 and more estimated from 16 evenly spaced
-            rows, which bounds the cost of an update; ``"momentum"``; or ``"gaussian"``.
+        u: Probe direction: ``"gaussian"``, for all of the inverse, or ``"gradient"``, for what gradients see, in
+            layers with both sides of 128 and more of rank 16, which bounds the cost of an update; or ``"momentum"``.
+            ``None`` is ``"gaussian"``, but ``"gradient"`` where a family starts from the identity.
         step_norm: ``"layer"`` scales each layer's step to the Frobenius norm of an orthogonal matrix of its shape;
             ``"kl"`` bounds the predicted KL divergence of the step by ``step.hyper.kl_clip`` (1e-3 nats); ``None``
             takes the step as it is.
@@ -141,12 +143,15 @@ def fishlegify(
     if output is not None and not callable(output):
         raise TypeError(f"output={output!r} must be a function from what the model returns to one tensor")
     options = Options(
-        momentum, update_aux_every, aux_rule, precondition_aux, aux_batch_size, fisher, u, step_norm, warmup_rank
-    )
+        momentum, update_aux_every, aux_rule, precondition_aux, aux_batch_size, fisher, "gradient" if u is None else u,
+        step_norm, warmup_rank,
+    )  # fmt: skip
     _check(options, lr, beta, weight_decay, damping, aux_lr, aux_betas, aux_eps)
     likelihood = None if likelihood is None else as_likelihood(likelihood)
     weight_decay = usual_weight_decay(step_norm, likelihood) if weight_decay is None else weight_decay
     plan = make_plan(model, q, include, exclude)
+    if u is None and all(module.has_basis for module in plan.q.values()):
+        options = replace(options, u="gaussian")
     _checks.digits_for(fisher, model)
     every = [p for module in plan.q.values() for p in module.parameters()]
     device, dtype = every[0].device, max((p.dtype for p in every), key=lambda d: torch.finfo(d).bits)
