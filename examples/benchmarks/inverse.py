@@ -39,8 +39,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "kfac": {"update_aux_every": 0},
     "fishleg": {},
     "fishleg every=10": {"update_aux_every": 10},
-    "fishleg u='gaussian' every=10": {"u": "gaussian", "update_aux_every": 10},
-    "fishleg u='gaussian' every=1": {"u": "gaussian", "update_aux_every": 1},
+    "fishleg every=1": {"update_aux_every": 1},
+    "fishleg u='gradient'": {"u": "gradient"},
+    "fishleg u='gradient' every=10": {"u": "gradient", "update_aux_every": 10},
 }
 
 
@@ -191,7 +192,7 @@ def picture(found: dict[str, dict[str, list[Point]]]) -> Figure:
     rows = figure.subplots(len(found), 2, squeeze=False)
     for row, (name, of) in zip(rows, found.items(), strict=True):
         for axes, what in zip(row, ("matrix", "gradient"), strict=True):
-            for (method, points), color in zip(of.items(), ("C7", "C0", "C2", "C3", "C1"), strict=True):
+            for (method, points), color in zip(of.items(), ("C7", "C0", "C2", "C3", "C1", "C4"), strict=True):
                 steps = [point.step for point in points]
                 axes.plot(steps, [getattr(point, what) for point in points], color=color, label=method)
                 axes.plot(steps, [getattr(point, f"{what}_bound") for point in points], ":", color=color)

@@ -114,6 +114,9 @@ def gaussian(like: Tensor, noise: Noise, salt: int) -> Packed:
         like: Packed matrix of the shape, dtype and device.
         noise: Source of the draw.
         salt: Tells the draws of one source apart.
+
+    Returns:
+        The draw, dense or factored.
     """
     if min(like.shape[-2:]) < _PROBE_SIDE:
         return noise.normal(like, salt)
