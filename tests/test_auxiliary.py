@@ -34,7 +34,7 @@ from test_fisher import Trap
 from torch import Tensor, nn
 
 import fishleg_func as ff
-from fishleg_func import auxiliary, blocks, reference
+from fishleg_func import auxiliary, reference
 from fishleg_func._trees import dense
 from fishleg_func.families import FAMILIES
 from fishleg_func.step import FishLegStep
@@ -129,9 +129,11 @@ def check_updates(
 ) -> None:  # fmt: skip
     """Compare ``count`` consecutive calls of update_aux, loss and change of λ, with the oracle."""
     moments: dict[str, reference.Moments] = {}
+    gaussian, seen = step._options.u == "gaussian", []
     for number in range(1, count + 1):
-        old, gaussian = lam_of(step), step._options.u == "gaussian"
-        probe = draw(step) if gaussian else None
+        old, probe = lam_of(step), draw(step) if gaussian else None
+        assert probe is None or not any(torch.equal(probe, other) for other in seen)
+        seen.append(probe)
         value = step.update_aux(x, y)
         out = reference.training_step(
             step.model, x, y, likelihood, blocks_of(step, old), sigma=SIGMA, learn=True,
@@ -210,38 +212,6 @@ def test_update_aux_with_the_empirical_fisher_and_other_probes() -> None:
     check_updates(step, x, y, "categorical", count=2, curvature=S)
     step, x, y = learner("mlp", "gaussian", "kronecker", u="gaussian")
     check_updates(step, x, y, "gaussian")
-
-
-def test_update_aux_with_gaussian_probes_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_PROBE_SIDE", 4)
-    monkeypatch.setattr(blocks, "_PROBE_ROWS", 2)
-    step, x, y = learner("mlp", "categorical", "kfac")
-    few = [name for name, q in step.q.items() if min(q.shape[-2:]) >= 4]
-    assert 0 < len(few) < len(step.q)
-
-    def draw(step: FishLegStep) -> Tensor:
-        noise, draws = step._noise.fork(3), {}
-        for i, (name, p) in enumerate(step._direction.items()):
-            d, a = (noise.fork(k).normal(p.new_empty(2, side), i) for k, side in enumerate(p.shape))
-            draws[name] = d.mT @ a / 2**0.5 if name in few else noise.normal(p, i)
-        return from_packed(step.model, draws)
-
-    check_updates(step, x, y, "categorical", draw=draw)
-
-
-PROBES = [
-    ("kfac", None, "gaussian"), ("eigen", None, "gaussian"), ("kfac", 5, "gaussian"), ("kronecker", None, "gradient"),
-    ({"0": "kronecker", "*": "kfac"}, None, "gradient"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("family", "every", "expected"), PROBES)
-def test_probes_are_gaussian_by_default_unless_a_family_starts_from_the_identity(
-    family: Any, every: int | None, expected: str
-) -> None:
-    step = ff.fishlegify(CASES["mlp"].model(), q=family, update_aux_every=every)
-    assert step._options.u == expected
-    assert ff.fishlegify(CASES["mlp"].model(), q=family, u="momentum")._options.u == "momentum"
 
 
 def test_update_aux_without_targets_takes_the_gradient_of_the_last_step() -> None:

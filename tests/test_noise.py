@@ -6,14 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import randn
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fishleg_func._noise import Noise, new_noise
-from fishleg_func._types import LowRank
-from fishleg_func.blocks import gaussian
 
 CPU = torch.device("cpu")
 SIZE = 100_000
@@ -161,27 +158,3 @@ def test_compiled_code_has_no_generator() -> None:
     compiled = torch.compile(lambda x: x + (noise.generator() is None), backend="aot_eager", fullgraph=True)
     assert compiled(torch.zeros(1)).item() == 1
     assert torch.equal(*(torch.rand(3, generator=noise.generator()) for _ in range(2)))
-
-
-LONG = (2, 130, 150)
-
-
-def test_a_gaussian_probe_of_long_sides_has_few_rows_and_the_second_moment_of_a_normal_one() -> None:
-    noise, like, (x, y) = Noise(0, CPU), torch.empty(*LONG), (randn(2, 1, n, seed=n).float() for n in LONG[1:])
-    draws = []
-    for salt in range(400):
-        u = gaussian(like, noise, salt)
-        assert isinstance(u, LowRank) and u.d.shape == (2, 16, 130) and u.a.shape == (2, 16, 150)
-        draws.append(torch.stack(((x @ u.d.mT @ u.a @ y.mT).flatten(), u.dense().square().sum((-2, -1)))))
-    along, squares = torch.stack(draws, 1)  # of each group
-    expected = (x.square().sum(-1) * y.square().sum(-1)).flatten()
-    assert (along.mean(0) / expected.sqrt()).abs().max() < 0.2
-    torch.testing.assert_close(along.square().mean(0), expected, rtol=0.3, atol=0)
-    torch.testing.assert_close(squares.mean(0), torch.full((2,), 130.0 * 150), rtol=0.02, atol=0)
-    correlation = (along[:, 0] * along[:, 1]).mean() / expected.prod().sqrt()
-    assert abs(correlation) < 0.2  # groups are independent, as are draws: their mean is small
-
-
-def test_a_gaussian_probe_of_a_short_side_is_normal() -> None:
-    noise, like = Noise(0, CPU), torch.empty(127, 300)
-    assert torch.equal(gaussian(like, noise, 3), noise.normal(like, 3))

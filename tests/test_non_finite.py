@@ -91,9 +91,10 @@ def test_an_eager_step_raises_before_anything_is_changed(name: str, taken: int) 
     assert changed(snapshot(twin, good), snapshot(model, step)) == []
 
 
-def test_targets_that_are_not_finite_are_refused() -> None:
+@pytest.mark.parametrize("u", ["gradient", "gaussian"])
+def test_targets_that_are_not_finite_are_refused(u: str) -> None:
     model = Rooted()
-    step = ff.fishlegify(model, Gaussian(), u="gradient")
+    step = ff.fishlegify(model, Gaussian(), u=u)
     step(X, Y)
     before = snapshot(model, step)
     for value in (math.nan, math.inf, -math.inf):
@@ -102,6 +103,16 @@ def test_targets_that_are_not_finite_are_refused() -> None:
         for call in (step, step.natural_gradient, step.update_aux):
             with pytest.raises(FloatingPointError, match="must be finite"):
                 call(X, targets)
+    assert changed(before, snapshot(model, step)) == []
+
+
+@pytest.mark.parametrize("u", ["gradient", "gaussian"])
+def test_an_update_from_masked_targets_alone_is_refused(u: str) -> None:
+    model = Rooted()
+    step = ff.fishlegify(model, Categorical(), u=u)
+    before = snapshot(model, step)
+    with pytest.raises(FloatingPointError, match="must be finite"):
+        step.update_aux(X, torch.full_like(LABELS, -100))
     assert changed(before, snapshot(model, step)) == []
 
 

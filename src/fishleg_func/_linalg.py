@@ -51,8 +51,8 @@ def outer_square(a: Tensor) -> Tensor:
 def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues, ascending, and eigenvectors of a symmetric matrix.
 
-    In float32 LAPACK's solver fails on some matrices of low rank, such as the statistics of a layer many of whose units
-    are dead: these are solved in float64.
+    In float32 LAPACK's solver fails, or returns NaN, on some matrices of low rank, such as the statistics of a layer
+    many of whose units are dead: these are solved in float64.
 
     Args:
         a: Shape ``[..., n, n]``.
@@ -62,8 +62,10 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         values, vectors = torch.linalg.eigh(a)
+        if a.dtype == torch.float64 or vectors.isfinite().all():
+            return values, vectors
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if a.dtype == torch.float64:
             raise
-        values, vectors = (x.to(a.dtype) for x in torch.linalg.eigh(a.double()))
+    values, vectors = (x.to(a.dtype) for x in torch.linalg.eigh(a.double()))
     return values, vectors

@@ -217,6 +217,11 @@ class Batch:
             self._loss_and_gradient = self._gradient()
         return self._loss_and_gradient
 
+    def loss(self) -> Tensor:
+        """Return the loss of the targets, without its gradient: 0-d."""
+        assert self._targets is not None
+        return self.likelihood.nll(self._lin.outputs, self._targets)
+
     def _gradient(self) -> tuple[Tensor | None, dict[str, Packed]]:
         cotangent, loss = self._cotangent, None
         if cotangent is None:

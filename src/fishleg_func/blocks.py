@@ -106,7 +106,7 @@ def spread(count: int, parts: int, device: torch.device) -> Tensor:
 
 
 def gaussian(like: Tensor, noise: Noise, salt: int) -> Packed:
-    r"""Draw a Gaussian probe, :math:`E[uu^\top] = I`, which is all that the mean of :math:`A(\lambda)` depends on.
+    r"""Draw a Gaussian probe, :math:`E[uu^\top] = I`, which is all of it that the mean of :math:`A(\lambda)` knows.
 
     Where both sides are long it is a product of two normal factors: an update costs less, and no large draw is made.
 

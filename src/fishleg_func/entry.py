@@ -92,9 +92,10 @@ def fishlegify(
             each other.
         fisher: Fisher-vector product of the auxiliary loss: ``"exact"``, ``"sampled"``, ``"empirical"`` or
             ``"antithetic"``, see :func:`fisher_vector_product`.
-        u: Probe direction: ``"gaussian"``, for all of the inverse, or ``"gradient"``, for what gradients see, in
-            layers with both sides of 128 and more of rank 16, which bounds the cost of an update; or ``"momentum"``.
-            ``None`` is ``"gaussian"``, but ``"gradient"`` where a family starts from the identity.
+        u: Probe direction: ``"gaussian"``, for all of the inverse, ``"gradient"``, for what gradients see, or
+            ``"momentum"``. ``None`` is ``"gaussian"``, but ``"gradient"`` where any family starts from the identity.
+            In layers with both sides of 128 and more Gaussian probes are of rank 16, and gradients estimated from 16
+            evenly spaced rows, which bounds the cost of an update.
         step_norm: ``"layer"`` scales each layer's step to the Frobenius norm of an orthogonal matrix of its shape;
             ``"kl"`` bounds the predicted KL divergence of the step by ``step.hyper.kl_clip`` (1e-3 nats); ``None``
             takes the step as it is.

@@ -111,13 +111,13 @@ class FishLegStep(Engine):
     def update_aux(self, inputs: Inputs, targets: Tensor | None = None) -> Tensor:
         r"""Make one auxiliary update: statistics, bases on a schedule of their own, and λ; the parameters stay.
 
-        With ``step_norm="layer"`` λ of ``"kfac"`` learns no scale from gradients; for a Q that is to be the inverse
-        Fisher, and not only to give a direction, take ``step_norm=None`` or ``u="gaussian"``.
+        With ``step_norm="layer"`` λ of ``"kfac"`` learns no scale where ``u="gradient"``; for a Q that is to be the
+        inverse Fisher, and not only to give a direction, take Gaussian probes (the default) or ``step_norm=None``.
 
         Args:
             inputs: What the model is called with.
             targets: Observations, at which ``u="gradient"`` takes the gradient and ``fisher="empirical"`` the scores;
-                without them the gradient is taken on the last step's batch.
+                without them that gradient is taken on the last step's batch.
 
         Returns:
             :math:`A(\lambda)` before the update, a 0-d tensor; its minimum is
@@ -143,6 +143,9 @@ class FishLegStep(Engine):
                 source = batch if targets is not None else self._runner.run(*self._last, twice=False)  # type: ignore[misc]
                 loss, g = source.gradient()
                 require_finite(loss, checksum(g), lambda: A_GRADIENT)
+            elif targets is not None:
+                loss = batch.loss()
+                require_finite(loss, loss, lambda: A_GRADIENT)
             refresh = is_refresh(self._updates, 1)
             with tensors_restored_on_error() as save:
                 u = self._probe(source, g) if self._learns else None
