@@ -33,6 +33,7 @@ class Runner:
         likelihood: The likelihood, or ``None`` to resolve it from the first targets.
         output: From what the model returns to natural parameters.
         device: Where the model is.
+        probes: Whether gradients are probes for λ, and what they were packed from is kept until these are made.
     """
 
     def __init__(
@@ -42,7 +43,10 @@ class Runner:
         likelihood: Likelihood | None,
         output: Callable[[Any], Tensor] | None,
         device: torch.device,
+        *,
+        probes: bool,
     ) -> None:
+        self.probes = probes
         self.model, self.plan, self.likelihood, self.output, self.device = model, plan, likelihood, output, device
         self.capture = Capture(model, plan.layers, plan.keep(), output)
         self.unhooked: frozenset[str] = frozenset()  # layers whose hooks do not fire, or do not tell the whole gradient
@@ -227,8 +231,9 @@ class Batch:
         if cotangent is None:
             cotangent, loss = torch.func.grad_and_value(self.likelihood.nll)(self._lin.outputs, self._targets)  # type: ignore[arg-type]
         pullback = self._lin.shared if self._twice else self._lin.pullback
-        self._pulled = pullback(cotangent)
-        return loss, self._packing.gradients(self._pulled)
+        pulled = pullback(cotangent)
+        self._pulled = pulled if self._runner.probes else None
+        return loss, self._packing.gradients(pulled)
 
     def let_go(self) -> None:
         """Drop the model's graph and what its layers saw, once all products and the gradient have been made of them."""

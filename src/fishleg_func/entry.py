@@ -173,7 +173,8 @@ def fishlegify(
     seed = torch.initial_seed()
     if generator is not None:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    return FishLegStep(Runner(model, plan, likelihood, output, device), hyper, options, rule, seed)
+    runner = Runner(model, plan, likelihood, output, device, probes=options.u == "gradient")
+    return FishLegStep(runner, hyper, options, rule, seed)
 
 
 def set_damping(hyper: Hyper, damping: float | None) -> None:
