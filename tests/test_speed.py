@@ -111,7 +111,7 @@ def wide() -> nn.Sequential:
 
 @pytest.mark.parametrize("rows", [1, blocks._PROBE_ROWS, 2 * blocks._PROBE_ROWS - 1])
 def test_few_rows_are_all_probed(rows: int) -> None:
-    step = ff.fishlegify(wide(), ff.likelihoods.Gaussian())
+    step = ff.fishlegify(wide(), ff.likelihoods.Gaussian(), u="gradient")
     batch = step._runner.run(torch.randn(rows, 140), torch.randn(rows, 3), twice=True)
     _, g = batch.gradient()
     assert all(x is g[k] for k, x in batch.probe(step.q).items())
@@ -120,7 +120,7 @@ def test_few_rows_are_all_probed(rows: int) -> None:
 def test_many_rows_are_probed_by_some_and_the_estimate_is_that_of_the_gradient() -> None:
     """Hold that the probe of the long layer is the gradient of some examples, and exact for equal examples."""
     model, count = wide().double(), 4 * blocks._PROBE_ROWS
-    step = ff.fishlegify(model, ff.likelihoods.Gaussian())
+    step = ff.fishlegify(model, ff.likelihoods.Gaussian(), u="gradient")
     x, y = randn(count, 140), randn(count, 3, seed=1)
     batch = step._runner.run(x, y, twice=True)
     u, g = batch.probe(step.q), batch.gradient()[1]
@@ -146,7 +146,7 @@ def test_probed_rows_follow_no_period(count: int, period: int) -> None:
 def test_masked_positions_do_not_blind_the_probe() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(50, 128), nn.Linear(128, 128), nn.Linear(128, 140))
-    step = ff.fishlegify(model, ff.likelihoods.Categorical())
+    step = ff.fishlegify(model, ff.likelihoods.Categorical(), u="gradient")
     x, y = torch.randint(50, (16, 32)), torch.randint(140, (16, 32))
     y[:, :4] = -100
     batch = step._runner.run(x, y, twice=True)
