@@ -70,7 +70,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"include": ["0", "nope", "re:.*"]}, ValueError, ("include", "'nope'", "'re:.*'", "'0.weight'")),
     ({"exclude": "wrong"}, ValueError, ("exclude", "'wrong'", "'0.weight'")),
     ({"exclude": "*"}, ValueError, ("no parameter is left", "at least one", "excluded")),
-    ({"likelihood": object()}, TypeError, ("likelihood=", "nll", "sample", "Categorical()")),
+    ({"likelihood": "categorical"}, TypeError, ("likelihood=", "nll", "sample", "Categorical()")),
     ({"likelihood": nn.Module()}, TypeError, ("likelihood=", "nll", "sample", "Categorical()")),
     ({"likelihood": Categorical}, TypeError, ("likelihood=", "instance", "Categorical()")),
 ]

@@ -97,6 +97,7 @@ def test_missing_files_are_all_named_with_the_folder_and_the_remedy(data: Module
         ("cut.gz", gzip.compress(idx_bytes(torch.zeros(2, 3, 4)))[:-9], "must be compressed by gzip"),
         ("changed.gz", gzip.compress(idx_bytes(torch.zeros(2, 3, 4)))[:10] + bytes([7] * 20), "must be compressed"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_corrupt_files_raise(data: ModuleType, tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
