@@ -185,6 +185,43 @@ def test_a_run_that_breaks_down_counts_as_infinite(race: ModuleType) -> None:
     assert race.train(config, "fishleg", 1e30, 0).final == float("inf")
 
 
+ORIGINAL = """
+import torch
+
+FishAuxParameter = torch.nn.Parameter
+FISH_LIKELIHOODS = {"softmax": lambda device: None}
+initialise_FishModel = lambda model, layers, fish_scale: model
+
+class FishLeg(torch.optim.SGD):
+    def __init__(self, model, auxiliary, likelihood, device, damping=0.5):
+        super().__init__(model.parameters(), lr=0.0)
+        self.defaults["update_aux_every"], self.aux_opt = 1, self
+
+    def step(self):
+        parameter = self.param_groups[0]["params"][0]
+        if self.param_groups[0]["lr"] > 1:
+            parameter.data.fill_(torch.nan)
+        raise ValueError("Expected parameter logits to satisfy the constraint Real()")
+"""
+
+
+def test_of_what_the_original_raises_only_what_follows_from_nan_is_a_breakdown(
+    race: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "src" / "optim" / "FishLeg"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(ORIGINAL)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    standing_in = ("transformers.models.bert.modeling_bert", "torch.utils.tensorboard")
+    for name in {"optim", "optim.FishLeg", *standing_in} - sys.modules.keys():
+        monkeypatch.setitem(sys.modules, name, None)  # so that what takes its place leaves again
+        del sys.modules[name]
+    config = race.parse(["--task", "digits", "--budget", "0.5", "--original", str(tmp_path)])
+    assert race.train(config, "original", 2.0, 0).final == float("inf")
+    with pytest.raises(ValueError, match="Real"):
+        race.train(config, "original", 0.5, 0)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -4,7 +4,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -246,7 +246,17 @@ def make_original(problem: Problem, model: nn.Module, folder: Path) -> Contender
     optimizer = original.FishLeg(model, auxiliary, likelihood, device=device)
     learned = [p for p in model.parameters() if isinstance(p, original.FishAuxParameter)]
     every = optimizer.defaults["update_aux_every"]
-    return conventional(problem, model, [optimizer], every, [learned, optimizer.aux_opt.state])
+    usual = conventional(problem, model, [optimizer], every, [learned, optimizer.aux_opt.state])
+
+    def step(inputs: Tensor, targets: Tensor) -> None:
+        try:
+            usual.step(inputs, targets)
+        except ValueError as error:  # what it samples targets from takes no NaN
+            if all(p.isfinite().all() for p in model.parameters()):
+                raise
+            raise FloatingPointError("the original FishLeg has made a parameter that is not finite") from error
+
+    return replace(usual, step=step)
 
 
 def import_original(folder: Path) -> ModuleType:

@@ -275,7 +275,7 @@ def train(config: Config, method: str, rate: float, seed: int) -> Run:
         began = time.perf_counter()
         try:
             racer.step(*batch)
-        except FloatingPointError:  # FishLeg refuses
+        except FloatingPointError:  # FishLeg refuses, or the original is lost
             return Run(method, rate, seed, (*points, Point(step, seconds, math.inf, math.inf)))
         if step + 1 in marks and config.device == "cuda":
             torch.cuda.synchronize()
