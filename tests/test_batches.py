@@ -1,10 +1,9 @@
-"""Batches of other kinds: calls that depend on values or chance, masks, mappings, bad input; and the schedule."""
+"""Batches of other kinds: calls that depend on values or chance, masks, mappings, bad input."""
 
 from __future__ import annotations
 
 import copy
 from collections import UserDict
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 import fishleg_func as ff
 from fishleg_func.likelihoods import Categorical, Gaussian
-from fishleg_func.schedule import is_due, is_refresh
 
 
 class Selecting(nn.Module):
@@ -161,36 +159,3 @@ def test_autocast_is_refused() -> None:
     step = ff.fishlegify(mlp(), Categorical())
     with torch.autocast("cpu"), pytest.raises(RuntimeError, match="autocast is on, and must be off"):
         step(X, Y)
-
-
-def test_the_schedule_is_a_table() -> None:
-    """Curvature at each of the first k steps, then one in k; bases at five of these, then ever fewer."""
-    due = [t for t in range(4000) if is_due(t, 10, 10)]
-    assert due == [*range(10), *range(10, 4000, 10)]
-    refreshed = [t for t in due if is_refresh(t, 10)]
-    early = (*range(20, 100, 20), *range(120, 400, 40), *range(400, 800, 80))
-    later = (*early, *range(800, 3200, 160), *range(3200, 4000, 320))
-    assert refreshed == [0, 1, 2, 4, 8, *later]
-    assert all(is_due(t, 1, 1) for t in range(50))
-    alone = [t for t in range(200) if is_due(t, 20, 50)]  # a family without a basis
-    assert alone == [*range(50), *range(60, 200, 20)]
-    assert [t for t in alone if is_refresh(t, 20)] == [0, 1, 2, 4, 8, 40, 80, 120, 160]
-
-
-@pytest.mark.parametrize(
-    ("options", "first"),
-    [
-        ({}, 10),
-        ({"update_aux_every": 5}, 5),
-        ({"q": "kronecker"}, 50),
-        ({"q": {"0": "dense"}, "update_aux_every": 5}, 50),
-        ({"q": "kronecker", "update_aux_every": 60}, 60),
-        ({"q": "kronecker", "update_aux_every": 0}, 10),
-    ],
-)
-def test_first_steps_that_all_update_q(options: dict[str, Any], first: int) -> None:
-    step, due = ff.fishlegify(mlp(), Categorical(), **options), []
-    for _ in range(first + 3):
-        due.append(step.due)
-        step(X, Y)
-    assert due == [True] * (first + 1) + [False] * 2  # the next is one of every few

@@ -14,6 +14,7 @@ from ._types import Packed
 from .covariances import eigenbasis, factored_damping, kronecker_statistics, like_blocks, whitening_root
 from .kronecker import Kronecker
 from .qmodules import Carry, Gradients, QModule, Roots, exp_root
+from .schedule import RATE
 
 __all__ = ["KFAC", "Diagonal", "Eigen", "Embedding"]
 
@@ -75,8 +76,8 @@ class Diagonal(QModule):
     def logdet(self) -> Tensor:
         return 2 * self.roots()[0].log().sum()
 
-    def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
-        self._average_({"second": dense(z).square()}, ok)
+    def gather_(self, z: Packed, ok: Tensor | None = None, rate: float = RATE) -> None:
+        self._average_({"second": dense(z).square()}, ok, rate)
 
     def refresh_(self, damping: Tensor, ok: Tensor | None = None) -> None:
         assign_(self.c, (self.second + damping).rsqrt(), ok)
@@ -146,9 +147,9 @@ class KFAC(Kronecker):
         K_L, K_R = operator
         return self.right.solve(self.left.solve(v, K_L).mT, K_R).mT
 
-    def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
+    def gather_(self, z: Packed, ok: Tensor | None = None, rate: float = RATE) -> None:
         cov_l, cov_r = kronecker_statistics(z, self.left, self.right)
-        self._average_({"pair_L": cov_l, "pair_R": cov_r}, ok, average_symmetric_)
+        self._average_({"pair_L": cov_l, "pair_R": cov_r}, ok, rate, average_symmetric_)
 
     def refresh_(self, damping: Tensor, ok: Tensor | None = None) -> None:
         cov_l, cov_r = self.cov_L, self.cov_R
@@ -235,9 +236,9 @@ class Eigen(QModule):
     def logdet(self) -> Tensor:
         return 2 * self.roots()[2].log().sum()  # the basis is orthogonal
 
-    def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
+    def gather_(self, z: Packed, ok: Tensor | None = None, rate: float = RATE) -> None:
         cov_l, cov_r = kronecker_statistics(z, self.left, self.right)
-        self._average_({"cov_L": cov_l, "cov_R": cov_r}, ok)
+        self._average_({"cov_L": cov_l, "cov_R": cov_r}, ok, rate)
 
     def refresh_(self, damping: Tensor, ok: Tensor | None = None) -> None:
         C_L, C_R = eigenbasis(self.cov_L, self.C_L), eigenbasis(self.cov_R, self.C_R)
@@ -324,12 +325,12 @@ class Embedding(QModule):
         *chain, rows = self.roots()
         return self.m * self.left.logdet(chain) + 2 * self.n * rows.log().sum()
 
-    def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
+    def gather_(self, z: Packed, ok: Tensor | None = None, rate: float = RATE) -> None:
         z = dense(z)
         norm = torch.linalg.matrix_norm(z).clamp(min=torch.finfo(z.dtype).tiny)
         gram = self.left.gram(z, z)
         scaled = gram / like_blocks(norm[..., None, None], gram)
-        self._average_({"second": z.square().sum(-1) / norm.unsqueeze(-1), "cov_L": scaled}, ok)
+        self._average_({"second": z.square().sum(-1) / norm.unsqueeze(-1), "cov_L": scaled}, ok, rate)
 
     def refresh_(self, damping: Tensor, ok: Tensor | None = None) -> None:
         rows = torch.diag_embed(self.second.unsqueeze(-1))  # [*groups, m, 1, 1]: blocks of size one

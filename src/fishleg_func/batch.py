@@ -211,6 +211,18 @@ class Batch:
         return self._targets is not None or self._cotangent is not None
 
     @property
+    def rows(self) -> int:
+        """Number of terms of the loss, masked ones with them."""
+        outputs = self._lin.outputs
+        return outputs.numel() // self._events
+
+    @property
+    def _events(self) -> int:
+        """Natural parameters of a term."""
+        outputs = self._lin.outputs
+        return math.prod([outputs.shape[i] for i in self.likelihood.event_dims(outputs)])
+
+    @property
     def last(self) -> str | None:
         """Name of the hooked layer whose first call came last; for as long as the model's graph is kept."""
         return next(reversed(self._packing.slots), None)
@@ -274,8 +286,7 @@ class Batch:
         outputs = self._lin.outputs
         weight = self._weight()
         scores = weight.sqrt() * self.likelihood.score(outputs, noise)
-        events = math.prod([outputs.shape[i] for i in self.likelihood.event_dims(outputs)])
-        level = scores.square().sum() / events
+        level = scores.square().sum() / self._events
         any_terms = weight.sum() > 0
         if not any(module.has_basis for module in q.values()):
             return {}, level, level, any_terms

@@ -15,7 +15,8 @@ from ._trees import assign_
 from ._types import Groups, Options, Packed
 from .batch import Batch
 from .capture import Save
-from .qmodules import Carry, QModule, Roots, statistics_weight
+from .qmodules import Carry, QModule, Roots
+from .schedule import RATE, weight_of
 
 _LEAST_LEVEL = 1e-3  # of the largest that there was: bounds Q where the outputs have lost their variance
 _ROUNDING = 64.0  # units in the last place by which an operator that was moved along may differ from a new one
@@ -28,6 +29,7 @@ class Prepared(NamedTuple):
         statistics: Random gradients that are to be gathered yet; none where the bases were refreshed.
         level: Mean diagonal entry of the Fisher of the outputs, to be gathered with them.
         gather: In compiled code, whether to gather them.
+        rate: Their least weight in the running means.
         probe: What λ moves along, if it moves.
         refreshed: Whether the bases were refreshed.
         ok: In compiled code, whether to change anything.
@@ -36,6 +38,7 @@ class Prepared(NamedTuple):
     statistics: Mapping[str, Packed]
     level: Tensor
     gather: Tensor | None
+    rate: float
     probe: auxiliary.Probe | None
     refreshed: bool
     ok: Tensor | None
@@ -109,6 +112,7 @@ class Curvature:
         refresh: bool,
         ok: Tensor | None,
         save: Save,
+        rate: float = RATE,
     ) -> Prepared:
         """Run the model's and the likelihood's code; where the bases are due, gather statistics and refresh them.
 
@@ -119,6 +123,7 @@ class Curvature:
             refresh: Whether the bases are due; if they are not, nothing is changed yet.
             ok: In compiled code, whether to change anything.
             save: Is told what is about to be written.
+            rate: Least weight of the statistics in their running means.
 
         Returns:
             What :meth:`move` needs.
@@ -131,14 +136,14 @@ class Curvature:
         gather = ok if self._options.aux_batch_size is None else both(ok, any_terms)  # a part may be all masked
         if refresh:
             save([self._level, self._count])
-            self._gather_level(level, gather)
+            self._gather_level(level, gather, rate)
             damping = self.damping()
             for name in list(statistics):
                 save(self.q[name].buffers())
-                self.q[name].gather_(statistics.pop(name), gather)
+                self.q[name].gather_(statistics.pop(name), gather, rate)
                 self.q[name].refresh_(damping[name], ok)
         probe = None if u is None else self._probe(u, batch, noise, refresh)
-        return Prepared(statistics, level, gather, probe, refresh, ok)
+        return Prepared(statistics, level, gather, rate, probe, refresh, ok)
 
     def _probe(self, u: Mapping[str, Packed], batch: Batch, noise: Noise, refreshed: bool) -> auxiliary.Probe:
         options = self._options
@@ -175,16 +180,16 @@ class Curvature:
     def gather(self, prepared: Prepared) -> None:
         """Add the statistics that wait for the next refresh."""
         if not prepared.refreshed:
-            self._gather_level(prepared.level, prepared.gather)
+            self._gather_level(prepared.level, prepared.gather, prepared.rate)
             for name, statistic in prepared.statistics.items():
-                self.q[name].gather_(statistic, prepared.gather)
+                self.q[name].gather_(statistic, prepared.gather, prepared.rate)
             self.adopt()
 
-    def _gather_level(self, level: Tensor, ok: Tensor | None) -> None:
+    def _gather_level(self, level: Tensor, ok: Tensor | None, rate: float) -> None:
         assign_(self._count, self._count + 1, ok)
         mean, largest = self._level.unbind()
         level = level.to(mean.dtype)
-        mean = mean.lerp(level, statistics_weight(self._count, mean.dtype))
+        mean = mean.lerp(level, weight_of(self._count.to(mean.dtype), rate))
         assign_(self._level, torch.stack((mean, torch.maximum(largest, level))), ok)
 
     def movable(self) -> list[Tensor]:

@@ -23,6 +23,7 @@ from . import _checks
 from ._sides import Side
 from ._trees import assign_, average_, dense
 from ._types import Packed, Symmetrized
+from .schedule import RATE, weight_of
 
 __all__ = ["Dense", "QModule"]
 
@@ -32,7 +33,6 @@ Carry = Callable[[Tensor], Tensor]
 Average = Callable[[Tensor, Packed, Tensor, Tensor | None], None]
 
 _S_LIMIT = 30.0  # |s| at which a log-root saturates: e^{±60} in Q is still far inside of float32
-_STATISTICS_RATE = 0.05  # least weight of the newest batch in the running statistics
 
 
 class QModule(nn.Module, ABC):
@@ -274,12 +274,13 @@ class QModule(nn.Module, ABC):
             else:
                 lam["L"].mul_(factor.sqrt())
 
-    def gather_(self, z: Packed, ok: Tensor | None = None) -> None:
+    def gather_(self, z: Packed, ok: Tensor | None = None, rate: float = RATE) -> None:
         r"""Add a random gradient to the running statistics of the Fisher; families without a basis have none.
 
         Args:
             z: A draw with :math:`E[zz^\top] = F`, factored or dense.
             ok: Where given and false, nothing is changed.
+            rate: Least weight of the draw in the running mean.
         """
 
     def refresh_(self, damping: Tensor, ok: Tensor | None = None) -> None:
@@ -305,12 +306,14 @@ class QModule(nn.Module, ABC):
             # an integer: torch 2.13 compiles lose writes to 0-d float64 tensors
             self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=self._device))
 
-    def _average_(self, new: Mapping[str, Packed], ok: Tensor | None, average_: Average = average_) -> None:
+    def _average_(
+        self, new: Mapping[str, Packed], ok: Tensor | None, rate: float, average_: Average = average_
+    ) -> None:
         """Move the running means towards ``new``: a plain mean at first, exponential later."""
         assign_(self.count, self.count + 1, ok)
         for name, value in new.items():
             mean = getattr(self, name)
-            average_(mean, value, statistics_weight(self.count, mean.dtype), ok)
+            average_(mean, value, weight_of(self.count.to(mean.dtype), rate), ok)
 
     def extra_repr(self) -> str:
         """Return the packed shape for ``print``."""
@@ -388,11 +391,6 @@ class Dense(QModule):
     def logdet(self) -> Tensor:
         logdet: Tensor = 2 * torch.linalg.slogdet(self.L).logabsdet.sum()
         return logdet
-
-
-def statistics_weight(count: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weight of the last of ``count`` draws in a running mean: a plain mean at first, exponential later."""
-    return count.to(dtype).reciprocal().clamp(min=_STATISTICS_RATE)
 
 
 def exp_root(s: Tensor) -> Tensor:

@@ -1,11 +1,15 @@
-"""When a step updates the curvature, and when it refreshes the bases."""
+"""When a step takes statistics of the Fisher, what they weigh, and when it refreshes the bases."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-CADENCE = 10  # steps between statistics where ``update_aux_every`` does not say
+from torch import Tensor
+
+CADENCE = 10  # steps between statistics of large batches, where ``update_aux_every`` does not say
 ALONE = 50  # first steps that all move λ where there is a family without a basis
+RATE = 0.05  # least weight of the newest statistics in their running mean
+_ROWS = 8  # of a batch for each step between statistics
 _REFRESHES = ((1, 2), (10, 4), (40, 8), (80, 16), (320, 32))  # (a, b): from update a on, one in b refreshes
 
 
@@ -54,3 +58,35 @@ def is_refresh(t: int, every: int) -> bool:
     first = every // (t + 1)  # zero from step ``every`` on
     misses = [(t // (start * every)) * (t % (period * every)) for start, period in _REFRESHES]
     return sum(misses) + first * (t * (t - 1) * (t - 2) * (t - 4) * (t - 8)) == 0
+
+
+def spacing(rows: int) -> int:
+    """Return the usual number of steps between statistics: a divisor of :data:`CADENCE`, fewer for small batches.
+
+    A few rows tell little of F, and cost little.
+
+    Args:
+        rows: Terms of the loss in a batch.
+
+    Returns:
+        One below 16 rows, 2 below 40, 5 below 80, and 10 from there on.
+    """
+    return next((every for every in (CADENCE, 5, 2) if rows >= _ROWS * every), 1)
+
+
+def rate_of(every: int) -> float:
+    """Return the least weight of statistics taken every so many steps: the mean spans 200 steps, and 20 batches."""
+    return RATE * min(1.0, every / CADENCE)
+
+
+def weight_of(count: Tensor, rate: float) -> Tensor:
+    """Return the weight of the last of ``count`` batches in a running mean: a plain mean at first, exponential later.
+
+    Args:
+        count: 0-d, floating point.
+        rate: The least weight.
+
+    Returns:
+        A 0-d tensor.
+    """
+    return count.reciprocal().clamp(min=rate)
