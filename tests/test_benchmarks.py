@@ -55,9 +55,12 @@ def test_step_cost_reports_ratios_memory_and_state(
 
 
 def test_step_cost_counts_a_period_of_the_schedule(step_cost: ModuleType) -> None:
-    assert step_cost.SHARES == {"plain": 288 / 320, "statistics": 31 / 320, "refresh": 1 / 320}
+    assert step_cost.shares(10) == {"plain": 288 / 320, "statistics": 31 / 320, "refresh": 1 / 320}
+    assert step_cost.shares(2) == {"plain": 160 / 320, "statistics": 159 / 320, "refresh": 1 / 320}
+    assert step_cost.shares(1) == {"statistics": 319 / 320, "refresh": 1 / 320}
     assert (step_cost.STEADY.start, step_cost.STEADY.stop) == (3200, 3520)
-    assert [step_cost.kind(t) for t in (800, 801, 960, 3360)] == ["refresh", "plain", "refresh", "statistics"]
+    assert [step_cost.kind(t, 10) for t in (800, 801, 960, 3360)] == ["refresh", "plain", "refresh", "statistics"]
+    assert [step_cost.kind(t, 5) for t in (800, 802, 805, 3360)] == ["refresh", "plain", "statistics", "statistics"]
 
 
 @pytest.mark.parametrize("arguments", [["--reps", "2"], ["--threads", "0"], ["--methods", "original"]])

@@ -157,6 +157,7 @@ class Contender:
     set_rate: Callable[[float], object]  # of learning
     period: int  # steps in which it does all that it ever does
     jump: Callable[[int], None] | None = None  # FishLeg: make the next step number t
+    every: Callable[[], int] | None = None  # FishLeg: steps between statistics, with batches like the last
 
 
 def contender(method: str, problem: Problem, model: nn.Module, original: Path | None = None) -> Contender:
@@ -197,7 +198,10 @@ def _of(
     def state_bytes() -> int:
         return sum(row.state_bytes for row in fishleg.report().rows)
 
-    return Contender(step, state_bytes, set_rate, CADENCE, jump)
+    def every() -> int:
+        return int(fishleg.live_state()["every"])
+
+    return Contender(step, state_bytes, set_rate, CADENCE, jump, every)
 
 
 def make_adamw(problem: Problem, model: nn.Module) -> Contender:

@@ -19,11 +19,9 @@ from _common import PROBLEMS, Contender, contender
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from step_cost import KINDS, SHARES, TIMED, kind, timed
+from step_cost import TIMED, kind, shares, timed
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-
-FIRST = {name: next(t for t in TIMED if kind(t) == name) for name in KINDS}  # a step of each kind
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -41,21 +39,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     for method in methods.values():
         for _ in range(4):
             method.step(*batch)
-    seconds: dict[str, list[float]] = {name: [] for name in ("AdamW", *KINDS)}
+    of_kind = shares(every(methods["fishleg"]))
+    seconds: dict[str, list[float]] = {name: [] for name in ("AdamW", *of_kind)}
     rates = []
     for _ in range(args.reps):  # interleaved, so that all see the same machine
         rates.append(matmul_rate())
         seconds["AdamW"].append(timed(methods["adamw"].step, batch))
-        for name in KINDS:
+        for name in of_kind:
             ready(methods["fishleg"], name, batch)
             seconds[name].append(timed(methods["fishleg"].step, batch))
     rate, middle = median(rates), {name: median(values) for name, values in seconds.items()}
     flops = {"AdamW": count(methods["adamw"], batch)}
-    for name in KINDS:
+    for name in of_kind:
         ready(methods["fishleg"], name, batch)
         flops[name] = count(methods["fishleg"], batch)
     for found in (middle, flops):
-        found["amortized"] = sum(SHARES[name] * found[name] for name in KINDS)
+        found["amortized"] = sum(share * found[name] for name, share in of_kind.items())
     console = Console(width=120)
     console.print(f"{args.model}, {args.threads} threads; products of square matrices run at {rate / 1e9:.0f} GFLOP/s")
     console.print(floor_table(middle, flops, rate))
@@ -63,10 +62,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     return {name: middle[name] * rate / flops[name] for name in middle}
 
 
+def every(fishleg: Contender) -> int:
+    """Return FishLeg's steps between statistics."""
+    assert fishleg.every is not None
+    return fishleg.every()
+
+
 def ready(fishleg: Contender, name: str, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Bring FishLeg to just before a step of a kind."""
     assert fishleg.jump is not None
-    fishleg.jump(FIRST[name] - 1)
+    spacing = every(fishleg)
+    fishleg.jump(next(t for t in TIMED if kind(t, spacing) == name) - 1)
     fishleg.step(*batch)
 
 
@@ -110,14 +116,14 @@ def floor_table(seconds: dict[str, float], flops: dict[str, float], rate: float)
 def profile_table(fishleg: Contender, batch: tuple[torch.Tensor, torch.Tensor], rows: int) -> Table:
     """Return where the processor's time goes in an amortized step, by torch's operations."""
     spent, calls = Counter[str](), Counter[str]()
-    for name in KINDS:
+    for name, share in shares(every(fishleg)).items():
         for _ in range(3):
             ready(fishleg, name, batch)
             with profile(activities=[ProfilerActivity.CPU]) as found:
                 fishleg.step(*batch)
             for event in found.key_averages():
-                spent[event.key] += SHARES[name] * event.self_cpu_time_total / 3e3
-                calls[event.key] += SHARES[name] * event.count / 3
+                spent[event.key] += share * event.self_cpu_time_total / 3e3
+                calls[event.key] += share * event.count / 3
     made = Table("operation (torch.profiler)", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in ("self CPU, ms", "share", "calls"):
         made.add_column(name, justify="right")

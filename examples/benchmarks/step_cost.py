@@ -53,16 +53,21 @@ STRETCH, STRETCH_SECONDS = (3, 10), 0.5  # steps in a row: between so many, abou
 UNSUPPORTED = {("original", "transformer")}  # it trains nothing but a nested nn.Sequential
 
 
-def kind(t: int) -> str:
-    """Return the kind of FishLeg's step number t at the defaults."""
-    return "plain" if not is_due(t, CADENCE, CADENCE) else "refresh" if is_refresh(t, CADENCE) else "statistics"
+def kind(t: int, every: int) -> str:
+    """Return the kind of FishLeg's step number t at the defaults, with so many steps between statistics."""
+    return "plain" if not is_due(t, every, CADENCE) else "refresh" if is_refresh(t, CADENCE) else "statistics"
 
 
 KINDS = ("plain", "statistics", "refresh")
-STEADY = range(*[t for t in range(320 * CADENCE, 640 * CADENCE) if kind(t) == "refresh"][:2])  # the schedule's period
-SHARES = {name: n / len(STEADY) for name, n in Counter(map(kind, STEADY)).items()}
-_STATISTICS = next(t for t in STEADY if kind(t) == "statistics")
-TIMED = range(STEADY.start, _STATISTICS + CADENCE)  # FishLeg's stretch: some of every kind, as they follow each other
+STEADY = range(*[t for t in range(320 * CADENCE, 640 * CADENCE) if is_refresh(t, CADENCE)][:2])  # the schedule's period
+TIMED = range(
+    STEADY.start, STEADY.start + 2 * CADENCE
+)  # FishLeg's stretch: some of every kind, as they follow each other
+
+
+def shares(every: int) -> dict[str, float]:
+    """Return how often each kind comes in a period of the schedule."""
+    return {name: n / len(STEADY) for name, n in Counter(kind(t, every) for t in STEADY).items()}
 
 
 @dataclass(frozen=True)
@@ -220,14 +225,15 @@ def stretch(contender: Contender, batch: Batch, steps: int) -> dict[str, float]:
     if contender.jump is not None:
         contender.jump(TIMED.start - 1)
     contender.step(*batch)
-    if contender.jump is None:
+    if contender.jump is None or contender.every is None:
         whole = math.ceil(steps / contender.period) * contender.period
         return {"amortized": fmean(timed(contender.step, batch) for _ in range(whole))}
-    seconds: dict[str, list[float]] = {name: [] for name in KINDS}
+    every = contender.every()
+    seconds: dict[str, list[float]] = {name: [] for name in shares(every)}
     for t in TIMED:
-        seconds[kind(t)].append(timed(contender.step, batch))
+        seconds[kind(t, every)].append(timed(contender.step, batch))
     means = {name: fmean(values) for name, values in seconds.items()}
-    return {"amortized": sum(SHARES[name] * mean for name, mean in means.items()), **means}
+    return {"amortized": sum(share * means[name] for name, share in shares(every).items()), **means}
 
 
 def timed(step: Callable[[Tensor, Tensor], object], batch: Batch) -> float:
@@ -272,10 +278,12 @@ def compile_seconds(name: str, config: Config, cache: str) -> tuple[int, float, 
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     torch.set_num_threads(config.threads)
     problem = PROBLEMS[name]
-    step = contender("compiled", problem, problem.model(config.device)).step
-    steps = [(kind(t), timed(step, problem.batch(config.device))) for t in range(4 * CADENCE)]  # each kind comes again
-    usual = {name: min(seconds for k, seconds in steps if k == name) for name in KINDS}
-    excess = [seconds - usual[k] for k, seconds in steps]
+    compiled = contender("compiled", problem, problem.model(config.device))
+    assert compiled.every is not None  # it is FishLeg
+    steps = [timed(compiled.step, problem.batch(config.device)) for _ in range(4 * CADENCE)]  # each kind comes again
+    kinds = [kind(t, compiled.every()) for t in range(len(steps))]
+    usual = {name: min(seconds for k, seconds in zip(kinds, steps, strict=True) if k == name) for name in set(kinds)}
+    excess = [seconds - usual[k] for k, seconds in zip(kinds, steps, strict=True)]
     return torch._dynamo.utils.counters["stats"]["unique_graphs"], excess[0], sum(excess)
 
 
