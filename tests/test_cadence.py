@@ -160,6 +160,14 @@ def test_resuming_is_bit_exact_where_batches_are_small(at: int) -> None:
     assert_same_state(optimizer.fishleg.state_dict(), resumed.fishleg.state_dict())
 
 
+def test_what_is_asked_for_holds_after_resuming_from_a_state_of_another_cadence() -> None:
+    step, other = (ff.fishlegify(built("mlp"), Categorical(), update_aux_every=every) for every in (3, 10))
+    for t in range(10):
+        other(*batch(100, t))
+    step.load_state_dict(other.state_dict())
+    assert due_steps(step, 4, 7) == [2, 5]  # steps 12 and 15
+
+
 def test_a_step_that_raises_leaves_the_cadence(monkeypatch: pytest.MonkeyPatch) -> None:
     step = ff.fishlegify(built("mlp"), Categorical())
     step(*batch(100, 0))

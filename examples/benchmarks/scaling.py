@@ -175,7 +175,7 @@ def measure(name: str, size: int, config: Config) -> dict[str, float]:
     call()  # a refresh step that also checks the captured gradients: no later one should take more memory
     found: dict[str, float] = {"state": sum(row.state_bytes for row in step.report().rows)}
     found["peak"] = max(peak_bytes(config.device) - before, found["state"])  # of little, the heap may have had room
-    schedule = Counter(map(kind, STEADY))
+    schedule = Counter(kind(t, every(step)) for t in STEADY)
     for wanted in schedule:
         reps = config.reps if wanted == "plain" else max(3, config.reps // 2)
         found[wanted] = step_seconds(call, step, wanted, reps, config.device)
@@ -220,14 +220,20 @@ def make_adamw(name: str, size: int, config: Config) -> Callable[[], object]:
     return call
 
 
+def every(step: ff.FishLegStep) -> int:
+    """Return the steps between statistics, which are fewer for small batches."""
+    return int(step.live_state()["every"])
+
+
 def step_seconds(call: Callable[[], object], step: ff.FishLegStep, wanted: str, reps: int, device: str) -> float:
-    """Return the median seconds of a class of steps; a plain step after each setting of ``t`` is not timed."""
-    first = next(t for t in STEADY if kind(t) == wanted and kind(t - 1) == "plain")
+    """Return the median seconds of a class of steps; a step after each setting of ``t`` is not timed."""
+    kinds = {t: kind(t, every(step)) for t in range(STEADY.start - 1, STEADY.stop)}
+    first = next(t for t in STEADY if kinds[t] == wanted and kinds[t - 1] != "refresh")
     seconds: list[float] = []
     while len(seconds) < reps:
         step.load_state_dict({**step.state_dict(), "t": first - 1})
         call()
-        for _ in takewhile(lambda t: kind(t) == wanted, range(first, first + reps - len(seconds))):
+        for _ in takewhile(lambda t: kinds[t] == wanted, range(first, first + reps - len(seconds))):
             seconds.append(timed(call, device))
     return median(seconds)
 

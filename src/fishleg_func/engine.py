@@ -247,7 +247,7 @@ class Engine:
     def _due(self) -> Due:
         """Tell what the next step does; by default λ moves with the bases, if all blocks have one."""
         first = max(self._cadence, ALONE) if self._learns and not self._based else self._cadence
-        statistics = is_due(self._t, self._every, first)
+        statistics = is_due(self._t, self._options.update_aux_every or self._every, first)
         refresh = statistics and is_refresh(self._t, self._cadence)
         return Due(statistics, refresh, self._learns and (refresh if self._moves_rarely else statistics))
 
