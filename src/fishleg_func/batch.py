@@ -214,13 +214,8 @@ class Batch:
     def rows(self) -> int:
         """Number of terms of the loss, masked ones with them."""
         outputs = self._lin.outputs
-        return outputs.numel() // self._events
-
-    @property
-    def _events(self) -> int:
-        """Natural parameters of a term."""
-        outputs = self._lin.outputs
-        return math.prod([outputs.shape[i] for i in self.likelihood.event_dims(outputs)])
+        events = self.likelihood.event_dims(outputs)
+        return math.prod([n for i, n in enumerate(outputs.shape) if i not in events])
 
     @property
     def last(self) -> str | None:
@@ -286,7 +281,8 @@ class Batch:
         outputs = self._lin.outputs
         weight = self._weight()
         scores = weight.sqrt() * self.likelihood.score(outputs, noise)
-        level = scores.square().sum() / self._events
+        events = math.prod([outputs.shape[i] for i in self.likelihood.event_dims(outputs)])
+        level = scores.square().sum() / events
         any_terms = weight.sum() > 0
         if not any(module.has_basis for module in q.values()):
             return {}, level, level, any_terms
