@@ -103,34 +103,36 @@ def test_bases_and_lambda_keep_their_schedule(rows: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "likelihood", "options", "every"),
+    ("shape", "likelihood", "options", "rows"),
     [
-        ((7, 3), Categorical(), {}, 1),
-        ((7, 3, 3), Categorical(), {}, 2),  # tokens are terms
-        ((7, 3), Gaussian(), {}, 1),  # entries of an output are not
-        ((60, 3), Gaussian(), {"aux_batch_size": 17}, 2),
-        ((60, 3), Gaussian(), {}, 5),
+        ((7, 3), Categorical(), {}, 7),
+        ((7, 3, 3), Categorical(), {}, 21),  # tokens are terms
+        ((7, 3), Gaussian(), {}, 7),  # entries of an output are not
+        ((60, 3), Gaussian(), {"aux_batch_size": 17}, 17),
+        ((60, 3), Gaussian(), {}, 60),
     ],
 )
 def test_rows_are_terms_that_q_learns_from(
-    shape: tuple[int, ...], likelihood: Likelihood, options: dict[str, Any], every: int
+    shape: tuple[int, ...], likelihood: Likelihood, options: dict[str, Any], rows: int
 ) -> None:
     step = ff.fishlegify(nn.Linear(4, 3).double(), likelihood, **options)
     x, y = randn(*shape[:-1], 4), randn(*shape)
     step(x, y.argmax(-1) if isinstance(likelihood, Categorical) else y)
-    assert step.state_dict()["every"] == every
+    assert step.state_dict()["rows"] == rows
 
 
-def ragged(i: int) -> tuple[Tensor, Tensor]:
-    return batch((24, 24, 24, 100, 6)[i % 5], i)
+LENGTHS = (24, 24, 24, 100, 6)
 
 
-def run(optimizer: ff.FishLeg, model: nn.Module, steps: range) -> None:
-    for i in steps:
-        x, y = ragged(i)
-        optimizer.zero_grad()
-        Categorical().nll(model(x), y).backward()
-        optimizer.step()
+def length(i: int) -> int:
+    return LENGTHS[i % 5]
+
+
+def run(optimizer: ff.FishLeg, model: nn.Module, i: int, rows: int) -> None:
+    x, y = batch(rows, i)
+    optimizer.zero_grad()
+    Categorical().nll(model(x), y).backward()
+    optimizer.step()
 
 
 def test_both_front_ends_agree_where_batches_differ_in_length() -> None:
@@ -140,8 +142,8 @@ def test_both_front_ends_agree_where_batches_differ_in_length() -> None:
     for i in range(50):
         assert optimizer.fishleg.due == step.due
         due.append(step.due)
-        run(optimizer, mine, range(i, i + 1))
-        step(*ragged(i))
+        run(optimizer, mine, i, length(i))
+        step(*batch(length(i), i))
     assert len(set(due[10:])) == 2
     assert (parameters(mine) - parameters(other)).abs().max() <= 1e-6
 
@@ -150,12 +152,14 @@ def test_both_front_ends_agree_where_batches_differ_in_length() -> None:
 def test_resuming_is_bit_exact_where_batches_are_small(at: int) -> None:
     model = built("mlp")
     optimizer = optimizer_of(model)
-    run(optimizer, model, range(at))
+    for i in range(at):
+        run(optimizer, model, i, length(i))
     again, saved = copy.deepcopy(model), optimizer.state_dict()
     resumed = optimizer_of(again)
     resumed.load_state_dict(saved)
-    run(optimizer, model, range(at, 40))
-    run(resumed, again, range(at, 40))
+    for i in range(at, 40):
+        run(optimizer, model, i, length(i))
+        run(resumed, again, i, length(i))
     assert torch.equal(parameters(model), parameters(again))
     assert_same_state(optimizer.fishleg.state_dict(), resumed.fishleg.state_dict())
 
@@ -182,26 +186,54 @@ def test_a_step_that_raises_leaves_the_cadence(monkeypatch: pytest.MonkeyPatch) 
             step(*batch(6, 1))
     assert_same_state(before, step.state_dict())
     step(*batch(6, 1))
-    assert (before["every"], step.state_dict()["every"]) == (10, 1)
+    assert (before["rows"], step.state_dict()["rows"]) == (100, 6)
 
 
-@pytest.mark.parametrize(("rows", "steps"), [(12, 230), (24, 230), (50, 230), (100, 300)])
-def test_statistics_are_means_that_forget_over_as_many_steps(rows: int, steps: int) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "options", "steps"),
+    [
+        ((12,), {}, 230),
+        ((24,), {}, 230),
+        ((50,), {}, 230),
+        ((100,), {}, 300),
+        (LENGTHS, {}, 400),
+        ((100,), {"update_aux_every": 15}, 250),
+    ],
+)
+def test_statistics_are_means_that_forget_over_as_many_steps(
+    lengths: tuple[int, ...], options: dict[str, Any], steps: int
+) -> None:
     """With parameters that stay, against weighted means of what each batch alone says."""
     model = built("mlp")
-    step = ff.fishlegify(model, Bernoulli(), lr=1e-30)
-    every, cov, level, count = spacing(rows), torch.zeros(5, 5).double(), torch.zeros(()).double(), 0
+    step = ff.fishlegify(model, Bernoulli(), lr=1e-30, **options)
+    every, cov, level, count, least = 1, torch.zeros(5, 5).double(), torch.zeros(()).double(), 0, 1.0
     for t in range(steps):
+        rows = lengths[t % len(lengths)]
         x = randn(rows, 4, seed=t)
-        if t < CADENCE or t % every == 0:
+        if t < options.get("update_aux_every", CADENCE) or t % every == 0:
+            every = options.get("update_aux_every", spacing(rows))
+            least = min(least, RATES.get(every, 0.05))
             count += 1
-            weight = max(1 / count, RATES[every])
+            weight = max(1 / count, RATES.get(every, 0.05))
             a = torch.cat((x, torch.ones(rows, 1)), 1)
             p = model(x).sigmoid()
             cov, level = cov.lerp(a.mT @ a / rows, weight), level.lerp((p * (1 - p)).mean().detach(), weight)
         step(x, x[:, :3].sigmoid())
-    assert count > 1 / RATES[every]  # beyond the plain mean
+    assert count > 1 / least  # beyond the plain mean
     state = step.state_dict()
     assert state["fisher.count"] == count == step.q["0"].count
     torch.testing.assert_close(step.q["0"].cov_L, cov)
     torch.testing.assert_close(state["fisher.level"][0], level)
+
+
+def test_the_cadence_stays_where_a_layer_is_frozen() -> None:
+    model = built("mlp")
+    optimizer = optimizer_of(model)
+    for i in range(12):
+        run(optimizer, model, i, (100, 6)[i == 10])
+    assert optimizer.fishleg.due  # by the six rows of step 10
+    model[0].requires_grad_(False)
+    before = optimizer.fishleg
+    run(optimizer, model, 12, 100)
+    assert optimizer.fishleg is not before
+    assert optimizer.fishleg.state_dict()["rows"] == 100  # so it was due

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -58,9 +58,12 @@ CASES: dict[str, Case] = {
 }
 
 
-def batches(shape: tuple[int, ...], target: Callable[[Tensor], Tensor], n: int) -> list[tuple[Tensor, Tensor]]:
+def batches(
+    shape: tuple[int, ...], target: Callable[[Tensor], Tensor], n: int, lengths: Sequence[int] = ()
+) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(3)
-    inputs = [torch.randn(shape, generator=generator) for _ in range(n)]
+    heads = itertools.cycle(lengths or shape[:1])
+    inputs = [torch.randn(next(heads), *shape[1:], generator=generator) for _ in range(n)]
     return [(x, target(x)) for x in inputs]
 
 
@@ -73,7 +76,7 @@ def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def run(case: Case, backend: str, steps: int, **options: Any) -> tuple[float, list[int]]:
+def run(case: Case, backend: str, steps: int, lengths: Sequence[int] = (), **options: Any) -> tuple[float, list[int]]:
     """Train twins, eager and compiled; return their distance after 2k steps, and the graph count after each step."""
     make, likelihood, shape, target = case
     torch._dynamo.reset()
@@ -85,7 +88,7 @@ def run(case: Case, backend: str, steps: int, **options: Any) -> tuple[float, li
     step = ff.fishlegify(twin, likelihood, **options)
     compiled = torch.compile(step, fullgraph=True, backend=backend)
     counts, difference = [], 0.0
-    for i, (x, y) in enumerate(batches(shape, target, steps)):
+    for i, (x, y) in enumerate(batches(shape, target, steps, lengths)):
         step.hyper.lr.fill_(2e-2 * (1 - i / steps))
         loss = compiled(x, y)
         assert loss.isfinite()
@@ -126,6 +129,13 @@ def test_options_compile_too(options: dict[str, Any]) -> None:
     difference, counts = run((make, Categorical(), shape, target), "aot_eager", 24, **options)
     assert difference <= 1e-5
     assert max(counts) <= GRAPHS
+
+
+def test_batches_of_all_lengths_share_graphs() -> None:
+    """Statistics are 10, 5, 2 and 1 steps apart, by the length of the last batch, and there is no graph for each."""
+    difference, counts = run(CASES["layer called twice"], "aot_eager", 40, (100, 50, 24, 15), update_aux_every=None)
+    assert difference <= 1e-5
+    assert counts[-1] == GRAPHS
 
 
 @pytest.mark.parametrize("options", [{}, *OPTIONS])

@@ -5,7 +5,8 @@
 
 The floor of a step is the number of floating-point operations in its matrix products, counted while it runs, over the
 rate of the machine, measured in the same run as the best of products of square matrices. The table is of one amortized
-step: a plain one, one with statistics and one with a refresh, each counted as often as the schedule has it.
+step: a plain one (there are none with batches of less than 16 rows), one with statistics and one with a refresh, each
+counted as often as the schedule has it.
 """
 
 import argparse

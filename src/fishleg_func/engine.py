@@ -62,7 +62,7 @@ class Engine:
         self._descent = Descent(runner, self._groups, self._averages, options.step_norm)
         self._noise, self._meter = Noise(seed, runner.device), Noise(~seed, runner.device)  # of training, of accuracy()
         self._t = 0  # steps so far
-        self._every = self._cadence  # steps between statistics, by the batch that the last ones are of
+        self._rows = 0  # of the last batch that statistics were due from
         self._updates = 0  # calls of update_aux so far
         self._decay_waits = runner.likelihood is None
         self._removed = False
@@ -179,9 +179,9 @@ class Engine:
         """Steps between statistics of large batches; by these the refreshes and λ go."""
         return self._options.update_aux_every or CADENCE
 
-    def _spacing(self, batch: Batch) -> int:
-        """Return the steps between statistics of batches like this one: fewer only where they serve bases alone."""
-        return spacing(batch.rows) if not self._options.update_aux_every and self._based else self._cadence
+    def _spacing(self, rows: int) -> int:
+        """Return the steps between statistics of so many rows: fewer only where they serve bases alone."""
+        return spacing(rows) if not self._options.update_aux_every and self._based else self._cadence
 
     @property
     def _based(self) -> bool:
@@ -216,7 +216,7 @@ class Engine:
             warm_up: Whether the schedule begins again, for the sake of blocks that are new.
         """
         other._sync()
-        self._t, self._every = 0 if warm_up else other._t, other._every
+        self._t, self._rows = 0 if warm_up else other._t, other._rows
         mine, theirs = self._tensors(), other._tensors()
         for name, tensor in mine.items():
             if name in theirs and theirs[name].shape == tensor.shape:
@@ -232,7 +232,7 @@ class Engine:
 
     def live_state(self) -> dict[str, Any]:
         """Return the state as :meth:`state_dict` does, but the tensors themselves."""
-        return {**self._tensors(), "t": self._t, "every": self._every, "updates": self._updates}
+        return {**self._tensors(), "t": self._t, "rows": self._rows, "updates": self._updates}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError unless a state has the names and shapes of this one."""
@@ -247,7 +247,7 @@ class Engine:
     def _due(self) -> Due:
         """Tell what the next step does; by default λ moves with the bases, if all blocks have one."""
         first = max(self._cadence, ALONE) if self._learns and not self._based else self._cadence
-        statistics = is_due(self._t, self._options.update_aux_every or self._every, first)
+        statistics = is_due(self._t, self._spacing(self._rows), first)
         refresh = statistics and is_refresh(self._t, self._cadence)
         return Due(statistics, refresh, self._learns and (refresh if self._moves_rarely else statistics))
 
@@ -266,16 +266,16 @@ class Engine:
             FloatingPointError: If something is not finite; nothing is changed (eager only).
         """
         loss, g = source.gradient()
-        every = self._every
+        rows = self._rows
         if due.statistics:
-            direction, ok, every = self._update_q(source, batch_for_q, due)
+            direction, ok, rows = self._update_q(source, batch_for_q, due)
         else:
             direction, ok = self._averages.average(loss, g, None)
         self._descent.take(direction, g, ok)
         if ok is not None:
             self.skipped.add_((~ok).long())
         self._noise.advance_()
-        self._every = every
+        self._rows = rows
         return ok
 
     def _update_q(
@@ -284,16 +284,16 @@ class Engine:
         """Update Q and its statistics, and the averages; what is written is undone if anything raises.
 
         Returns:
-            The direction, whether anything was changed (in compiled code), and the steps between statistics.
+            The direction, whether anything was changed (in compiled code), and the rows of the batch.
         """
         loss, g = source.gradient()
         ok = require_finite(loss, checksum(g), lambda: A_GRADIENT)
         u = self._probe(source, g) if due.learn else None
         batch = batch_for_q()
-        last, every = batch.last, self._spacing(batch)
+        last, rows = batch.last, batch.rows
         with tensors_restored_on_error() as save:
             prepared = self._curvature.prepare(
-                batch, u, self._noise, refresh=due.refresh, ok=ok, save=save, rate=rate_of(every)
+                batch, u, self._noise, refresh=due.refresh, ok=ok, save=save, rate=rate_of(self._spacing(rows))
             )
             batch.let_go()
             warm = self._options.step_norm == "layer" and warms_up(self._options.warmup_rank, self._t)
@@ -308,7 +308,7 @@ class Engine:
             if warm:
                 direction = warmed(direction, self.q, last, self._options.warmup_rank, self._t)
             self._curvature.gather(prepared)
-        return direction, ok, every
+        return direction, ok, rows
 
     def _probe(self, source: Gradient, g: Mapping[str, Packed]) -> Mapping[str, Packed]:
         """Return the direction u on which Q is learned, from a gradient g and where it comes from."""
@@ -367,7 +367,7 @@ class Engine:
         for name, tensor in self._tensors().items():
             tensor.copy_(state[name])
         self._decay_waits = bool(self.hyper.weight_decay.isnan())
-        self._t, self._every, self._updates = (int(state[k]) for k in ("t", "every", "updates"))
+        self._t, self._rows, self._updates = (int(state[k]) for k in ("t", "rows", "updates"))
         self._curvature.adopt()
         self._averages.forget()
 

@@ -9,7 +9,7 @@ from torch import Tensor
 CADENCE = 10  # steps between statistics of large batches, where ``update_aux_every`` does not say
 ALONE = 50  # first steps that all move λ where there is a family without a basis
 RATE = 0.05  # least weight of the newest statistics in their running mean
-_ROWS = 8  # of a batch for each step between statistics
+_SPACINGS = ((16, 1), (40, 3), (80, 5))  # (a, b): batches of a rows are b more steps apart
 _REFRESHES = ((1, 2), (10, 4), (40, 8), (80, 16), (320, 32))  # (a, b): from update a on, one in b refreshes
 
 
@@ -69,14 +69,15 @@ def spacing(rows: int) -> int:
         rows: Terms of the loss in a batch.
 
     Returns:
-        One below 16 rows, 2 below 40, 5 below 80, and 10 from there on.
+        One below 16 rows, 2 below 40, 5 below 80, and 10 from there on: without a branch, so that a compiled step has
+        no variant for each.
     """
-    return next((every for every in (CADENCE, 5, 2) if rows >= _ROWS * every), 1)
+    return 1 + sum(more * min(1, rows // least) for least, more in _SPACINGS)
 
 
 def rate_of(every: int) -> float:
     """Return the least weight of statistics taken every so many steps: the mean spans 200 steps, and 20 batches."""
-    return RATE * min(1.0, every / CADENCE)
+    return RATE * min(CADENCE, every) / CADENCE
 
 
 def weight_of(count: Tensor, rate: float) -> Tensor:
