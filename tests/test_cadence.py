@@ -230,10 +230,9 @@ def test_the_cadence_stays_where_a_layer_is_frozen() -> None:
     model = built("mlp")
     optimizer = optimizer_of(model)
     for i in range(12):
-        run(optimizer, model, i, (100, 6)[i == 10])
-    assert optimizer.fishleg.due  # by the six rows of step 10
+        run(optimizer, model, i, 100)
     model[0].requires_grad_(False)
     before = optimizer.fishleg
-    run(optimizer, model, 12, 100)
+    run(optimizer, model, 12, 6)
     assert optimizer.fishleg is not before
-    assert optimizer.fishleg.state_dict()["rows"] == 100  # so it was due
+    assert optimizer.fishleg.state_dict()["rows"] == 100  # the next statistics are due at step 20
