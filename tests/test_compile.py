@@ -119,7 +119,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"momentum": "after", "step_norm": None, "fisher": "sampled", "weight_decay": 0.1, "precondition_aux": True},
     {"update_aux_every": 3, "aux_batch_size": 4, "step_norm": "kl", "u": "gaussian", "q": {"0": "dense"}},
     {"update_aux_every": 0, "fisher": "empirical", "q": {"0": "kronecker", "3": "diagonal"}, "exclude": "1"},
-    {"update_aux_every": None},  # by the rows of the batch: every second step
 ]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fishleg_func as ff
-from fishleg_func.schedule import CADENCE
+from fishleg_func.schedule import CADENCE, spacing
 
 Batch = tuple[Tensor, Tensor]  # (inputs, targets)
 
@@ -199,7 +199,7 @@ def _of(
         return sum(row.state_bytes for row in fishleg.report().rows)
 
     def every() -> int:
-        return int(fishleg.live_state()["every"])
+        return spacing(fishleg.live_state()["rows"])
 
     return Contender(step, state_bytes, set_rate, CADENCE, jump, every)
 

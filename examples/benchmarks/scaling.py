@@ -36,6 +36,7 @@ from step_cost import STEADY, kind
 from torch import Tensor, nn
 
 import fishleg_func as ff
+from fishleg_func.schedule import spacing
 
 FEATURES, CLASSES, BATCH, BAG = 64, 10, 64, 16  # what does not grow in a sweep; BAG: words in an example
 WIDTH = 256  # of the hidden layers where depth or batch grows
@@ -222,7 +223,7 @@ def make_adamw(name: str, size: int, config: Config) -> Callable[[], object]:
 
 def every(step: ff.FishLegStep) -> int:
     """Return the steps between statistics, which are fewer for small batches."""
-    return int(step.live_state()["every"])
+    return spacing(step.live_state()["rows"])
 
 
 def step_seconds(call: Callable[[], object], step: ff.FishLegStep, wanted: str, reps: int, device: str) -> float:
