@@ -252,7 +252,7 @@ def test_cuda_graphs_take_plain_steps() -> None:
     case, results = CASES["mlp"], []
     for compiled in (False, True):
         model = case.model().to(GPU)
-        step: Any = ff.fishlegify(model, CATEGORICAL, generator=generator(1))
+        step: Any = ff.fishlegify(model, CATEGORICAL, update_aux_every=10, generator=generator(1))
         graphed = torch.compile(step, fullgraph=True, mode="reduce-overhead") if compiled else step
         for i in range(20):
             x = case.inputs(seed=i)

@@ -78,8 +78,9 @@ def fishlegify(
         update_aux_every: Steps between auxiliary updates of λ, and between statistics (the first ``update_aux_every``
             steps all make one). By default λ moves in the steps that refresh the bases, 320 steps apart in the long
             run, and statistics are 10 steps apart, or 5, 2 or 1 where the last ones were of fewer than 80, 40 or 16
-            terms of the loss. Where a family has no basis, λ moves at every tenth step, and the first 50 steps, if not
-            more, all make an update. 0 never updates λ, which leaves the families' bases: K-FAC for ``"kfac"``.
+            terms of the loss, masked ones counted. Where a family has no basis, λ moves at every tenth step, and the
+            first 50 steps, if not more, all make an update. 0 never updates λ, which leaves the families' bases: K-FAC
+            for ``"kfac"``.
         aux_rule: ``"relative"`` moves λ multiplicatively; ``"adam"`` is the paper's.
         aux_lr: Rate of the rule: 0.2 suits ``"relative"``, about 1e-3 ``"adam"``.
         aux_betas: Decay of Adam's two moments, with ``aux_rule="adam"``.

@@ -33,7 +33,8 @@ def is_due(t: int, every: int, first: int) -> bool:
     Args:
         t: Steps so far.
         every: The cadence.
-        first: How many are the first: ``every``, or :data:`ALONE` if that is more and λ has no basis to start from.
+        first: How many are the first: the cadence of large batches, or :data:`ALONE` if that is more and λ has no
+            basis to start from.
 
     Returns:
         Whether it does: one arithmetic expression, so that a compiled step has two variants whatever t is.
@@ -44,13 +45,13 @@ def is_due(t: int, every: int, first: int) -> bool:
 def is_refresh(t: int, every: int) -> bool:
     """Tell whether a curvature step refreshes the bases: steps 0, 1, 2, 4 and 8 of the first ``every``; then fewer.
 
-    Every second curvature step from ``every`` on, every fourth from ``10 * every``, every eighth from ``40 * every``,
-    every sixteenth from ``80 * every`` and every thirty-second from ``320 * every`` on. Statistics change ever more
-    slowly, and a refresh is the one thing here that costs cubes of the sides.
+    One in ``2 * every`` steps from ``every`` on, in ``4 * every`` from ``10 * every``, in ``8 * every`` from
+    ``40 * every``, in ``16 * every`` from ``80 * every`` and in ``32 * every`` from ``320 * every`` on. Statistics
+    change ever more slowly, and a refresh is the one thing here that costs cubes of the sides.
 
     Args:
         t: Steps so far.
-        every: The cadence.
+        every: Steps between statistics of large batches.
 
     Returns:
         Whether it does: one arithmetic expression, as in :func:`is_due`.
